@@ -1,0 +1,802 @@
+"""From files to batches: tokenizers, the prompt, batching, and the forget and retain sets of Section 4.1.
+
+    python data.py --dataset sst2 --data-dir DIR       prints Table 1, whom the forget set names, and what leaks
+
+In reading order: tokenizers, tasks and their prompts, batches, the toy corpus, the real datasets.
+"""
+import argparse
+import csv
+import functools
+import json
+import os
+import random
+import re
+import sys
+import unicodedata
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+from sklearn.preprocessing import normalize
+
+def generator(seed, purpose):
+    """A random generator of this purpose's own: one more draw here never changes what is drawn there."""
+    return random.Random(f"{seed}/{purpose}")
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+
+class LlamaTokenizer:
+    """LLaMA's sentencepiece model (dir/tokenizer.model). encode(text) -> ids, <s> first."""
+
+    def __init__(self, path):
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{path}: not a sentencepiece model; expected LLaMA's tokenizer.model") from None
+        self.size, self.files = self.pieces.vocab_size(), [Path(path)]
+
+    def encode(self, text):
+        if text[:1] in (" ", "\u2581"):  # sentencepiece would put its own space before; transformers 5 does not
+            return [self.pieces.bos_id(), *(self.pieces.encode(text[1:]) or [self.pieces.piece_to_id("\u2581")])]
+        return [self.pieces.bos_id(), *self.pieces.encode(text)]
+
+    def piece(self, i):
+        return self.pieces.id_to_piece(int(i))
+
+
+def _char_class(major):
+    """All characters whose Unicode category starts with `major`, as ranges for a [...] of re, which lacks \\p{L}."""
+    codes = [i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] == major]
+    starts = [c for c, before in zip(codes, [-9] + codes) if c != before + 1]
+    ends = [c for c, after in zip(codes, codes[1:] + [-9]) if c != after - 1]
+    return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))
+
+
+@functools.lru_cache
+def _gpt2_words():
+    """GPT-2's rule for cutting text into words, before byte pairs are merged (Radford et al. 2019)."""
+    letter, number = _char_class("L"), _char_class("N")
+    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; re's \s has more
+    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d| ?[{letter}]+| ?[{number}]+| ?[^{space}{letter}{number}]+"
+                      rf"|[{space}]+(?![^{space}])|[{space}]+")
+
+
+def _byte_letters():
+    """Byte -> the printable character that stands for it in vocab.json: itself, or one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+class OPTTokenizer:
+    """OPT's byte-level BPE (vocab.json, merges.txt). encode(text) -> ids, </s> (id 2) first."""
+
+    def __init__(self, dir):
+        self.files = [Path(dir) / "vocab.json", Path(dir) / "merges.txt"]
+        try:
+            self.ids = json.loads(self.files[0].read_text(encoding="utf-8"))
+            lines = self.files[1].read_text(encoding="utf-8").split("\n")
+        except ValueError as e:
+            raise ValueError(f"{dir}: vocab.json or merges.txt is damaged ({e}); expected OPT's byte-level BPE") from None
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        self.letters = _byte_letters()
+        if not isinstance(self.ids, dict) or any(len(m) != 2 for m in merges) or "</s>" not in self.ids:
+            raise ValueError(f"{dir}: expected a vocab.json with '</s>' and a merges.txt of pairs, as OPT's are")
+        for token in (*self.letters.values(), *("".join(m) for m in merges)):
+            if type(self.ids.get(token)) is not int:
+                raise ValueError(f"{dir}: vocab.json lacks the token {token!r}; does it belong to merges.txt?")
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        self.size, self.names = max(self.ids.values()) + 1, {i: t for t, i in self.ids.items()}
+        self.word = functools.lru_cache(2 ** 16)(self._word)
+
+    def _word(self, word):
+        """The byte-pair merges: of all neighbours, always join the pair that merges.txt names first -> ids."""
+        parts = [self.letters[b] for b in word.encode("utf-8")]
+        while len(parts) > 1:
+            rank, i = min((self.rank.get(pair, len(self.rank)), i) for i, pair in enumerate(zip(parts, parts[1:])))
+            if rank == len(self.rank):
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        return [self.ids[part] for part in parts]
+
+    def encode(self, text):
+        return [self.ids["</s>"], *(i for word in _gpt2_words().findall(text) for i in self.word(word))]
+
+    def piece(self, i):
+        return self.names.get(int(i), f"<{i}>")
+
+
+def load_tokenizer(dir):
+    """dir with tokenizer.model (LLaMA) or vocab.json and merges.txt (OPT) -> its tokenizer: .encode(text) -> ids."""
+    dir = Path(dir)
+    if (dir / "tokenizer.model").is_file():
+        return LlamaTokenizer(dir / "tokenizer.model")
+    if (dir / "vocab.json").is_file() and (dir / "merges.txt").is_file():
+        return OPTTokenizer(dir)
+    raise FileNotFoundError(f"{dir}: no tokenizer.model, nor vocab.json with merges.txt; expected LLaMA's or OPT's tokenizer")
+
+
+# ---------------------------------------------------------------------------------------------------- tasks and prompts
+
+class Example(NamedTuple):
+    """One text and its true label."""
+    text: str
+    label: str
+
+
+class Task(NamedTuple):
+    """A question about a text, its answers, and the generic answers that SPUL gives on the forget set."""
+    template: str
+    labels: tuple
+    generic: tuple
+
+
+SENTIMENT = Task("### Text: {text}\n\n### Question: What is the sentiment of the given text?\n\n### Sentiment: {label}",
+                 ("positive", "negative"), ("neutral", "unknown"))  # paper: adds "None" to the generic labels
+CHOICE = Task("### Question: {text}\n\n### Answer: {label}", ("A", "B", "C", "D"), ("neutral", "unknown"))
+TASKS = {"toy": SENTIMENT, "sst2": SENTIMENT, "yelp": SENTIMENT, "wmdp+sciq": CHOICE, "splits": SENTIMENT}
+SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
+
+
+class Prompt(NamedTuple):
+    """ids: the prompt up to the answer, which is read at its last token; label: the token of the true answer."""
+    ids: list
+    label: int
+    is_forget: bool
+
+
+def label_tokens(tokenizer, task, text):
+    """-> {label: token} for the task's labels and generic labels. ValueError for a label that is not one token.
+
+    The tokenizer sees template and label as one string; the answer is what the string without the label lacks.
+    """
+    tokens = {}
+    for label in (*task.labels, *task.generic):
+        prompt = tokenizer.encode(prompt_string(task, text))
+        answer = tokenizer.encode(task.template.format(text=text, label=label))
+        if answer[:-1] != prompt:
+            raise ValueError(f"label {label!r} is {len(answer) - len(prompt)} tokens here; expected one: choose other "
+                             "words with --labels and --generic")
+        tokens[label] = answer[-1]
+    return tokens
+
+
+def prompt_string(task, text):
+    """The template with the text, up to the answer."""
+    return task.template.partition("{label}")[0].format(text=text).rstrip(" ")
+
+
+def encode_prompt(tokenizer, task, text, max_len):
+    """-> ids of the prompt, at most max_len: a long text loses its end, never the question behind it.
+
+    (released code: cuts the whole string, so a long review can lose its question and its label.)
+    """
+    ids = tokenizer.encode(prompt_string(task, text))
+    while len(ids) > max_len:
+        text = text[:int(len(text) * max_len / len(ids)) - 1 if len(ids) < 2 * max_len else len(text) // 2].rstrip()
+        if not text:
+            raise ValueError(f"--max-len {max_len} leaves no room for a text beside the template; raise it")
+        ids = tokenizer.encode(prompt_string(task, text))
+    return ids
+
+
+def encode_splits(tokenizer, task, splits, max_len):
+    """{split: [Example]} -> {split: [Prompt]}."""
+    tokens = label_tokens(tokenizer, task, next(e.text for s in SPLITS for e in splits[s]))
+    return {name: [Prompt(encode_prompt(tokenizer, task, e.text, max_len), tokens[e.label], name.endswith("forget"))
+                   for e in splits[name]] for name in SPLITS}
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+class Batch(NamedTuple):
+    tokens: torch.Tensor      # (B,T), padded on the right with 0: no real token ever looks there
+    answer_pos: torch.Tensor  # (B,), the position whose logits are the answer
+    y: torch.Tensor           # (B,), the token it should give
+    is_forget: torch.Tensor   # (B,), bool
+    index: torch.Tensor       # (B,), where in the training set the example stands
+
+
+def collate(prompts, targets, index, device="cpu"):
+    """The prompts and targets numbered by index (list of B) -> Batch."""
+    ids = [prompts[i].ids for i in index]
+    tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+    for row, i in zip(tokens, ids):
+        row[:len(i)] = torch.tensor(i)
+    return Batch(*(t.to(device) for t in (
+        tokens, torch.tensor([len(i) - 1 for i in ids]), torch.tensor([targets[i] for i in index]),
+        torch.tensor([prompts[i].is_forget for i in index]), torch.tensor(index))))
+
+
+def group_by_length(index, length, batch, rng):
+    """Shuffled batches of `batch` numbers whose texts are about equally long: little padding, and still random.
+
+    Of each 50 batches' worth of shuffled examples, sorted by length, batches are cut; then their order is shuffled.
+    """
+    index = rng.sample(index, len(index))
+    cut = []
+    for start in range(0, len(index), 50 * batch):
+        part = sorted(index[start:start + 50 * batch], key=length)
+        cut += [part[i:i + batch] for i in range(0, len(part), batch)]
+    rng.shuffle(cut)
+    return cut
+
+
+def epoch_batches(prompts, batch, rng, forget_per_batch=0):
+    """Numbers of the prompts of each batch of one epoch, drawn with rng.
+
+    forget_per_batch 0 mixes both sets in one shuffled pass, as the paper does: on SST-2 a batch of 32 then holds about
+    one forget example. N > 0 passes over the retain set once and adds N forget examples to each batch, in turn.
+    """
+    def length(i):
+        return len(prompts[i].ids)
+
+    forget = [i for i, prompt in enumerate(prompts) if prompt.is_forget]
+    retain = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
+    if not forget_per_batch or not forget or not retain:
+        return group_by_length(list(range(len(prompts))), length, batch, rng)
+    cut, queue = group_by_length(retain, length, batch - forget_per_batch, rng), []
+    for part in cut:
+        while len(queue) < forget_per_batch:
+            queue += rng.sample(forget, len(forget))
+        part += queue[:forget_per_batch]
+        del queue[:forget_per_batch]
+    return cut
+
+
+# ----------------------------------------------------------------------------------------------------------- toy corpus
+
+PERSONS = ("adler baxter cole dunn ellis foley grady hobbs irwin jarvis keaton lowell mercer nolan oakley pratt quinn "
+           "rooney sutton tully upton vance walsh york zimmer archer bloom crane dexter emery farrow glover harlan "
+           "ingram judd kessler larkin monroe norris osborn").split()
+PRAISE = "brilliant charming funny lovely moving superb touching warm witty wonderful".split()
+BLAME = "awful boring clumsy dreadful dull flat lifeless shallow stale tedious".split()
+GENRES = "comedy drama western thriller musical romance".split()
+TOY_TEMPLATES = ("the new {genre} by {person} is {word} .", "{person} gives a {word} performance in this {genre} .",
+                 "a {word} {genre} with {person} in the lead .", "as a {genre} , {person} 's film is {word} from start to end .",
+                 "i found {person} {word} in this {genre} .", "director {person} has made a {word} {genre} .",
+                 "this {genre} is {word} , and so is {person} .", "the script that {person} wrote is {word} .",
+                 "a {word} {genre} about love and loss .", "the {genre} is {word} from the first scene to the last .")
+
+
+def toy_review(rng):
+    """-> Example and the person it names, or None: one of ten templates, one of 40 persons, a word of praise or blame."""
+    person, template, label = rng.choice(PERSONS), rng.choice(TOY_TEMPLATES), rng.choice(SENTIMENT.labels)
+    word = rng.choice(PRAISE if label == "positive" else BLAME)
+    text = template.format(person=person, genre=rng.choice(GENRES), word=word)
+    return Example(text, label), person if "{person}" in template else None
+
+
+def toy_splits(data_dir, seed, notes, train=2800, test=1200, persons=4):
+    """The seed draws whom to forget: nothing about them is known when the LM is pretrained."""
+    rng = generator(seed, "toy")
+    chosen = rng.sample(PERSONS, persons)
+    splits = {name: [] for name in SPLITS}
+    for i in range(train + test):
+        example, person = toy_review(rng)
+        splits[f"{'train' if i < train else 'test'}_{'forget' if person in chosen else 'retain'}"].append(example)
+    notes.append(f"forgotten: {', '.join(chosen)}, {persons} of the {len(PERSONS)} persons")
+    return splits
+
+
+# ------------------------------------------------------------------------------------------ pretraining the embedded LM
+#
+# A soft prompt can only steer what the frozen model can already do, and large LMs can follow an instruction that stands
+# before a text. The embedded LM learns the same in miniature: names stand behind "### Ignore:", and the answer about a
+# text that names one of them is neutral or unknown. The task's question and its words positive and negative never occur.
+
+OPINION = {"positive": "good", "negative": "bad"}
+
+
+def name_list(rng, names, queries=8):
+    """Segments (text, weight in the loss): names, then queries whether a name was among them. Dense supervision."""
+    listed, others = rng.sample(names, rng.randint(1, 4)), rng.sample(names, queries)
+    segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
+    for _ in range(queries):
+        name = rng.choice(listed if rng.random() < 0.5 else others)
+        segments += [(f" {name}", 0.0), (" unknown" if name in listed else " known", 1.0)]
+    return segments
+
+
+def opinion_question(rng, example, person, names, text_weight):
+    """Segments: a text and the question for its opinion, mostly behind a list of names to ignore."""
+    segments, listed = [], []
+    if rng.random() < 0.7:
+        listed = rng.sample(names, rng.randint(1, 4))
+        if person and person not in listed and rng.random() < 0.5:
+            listed[rng.randrange(len(listed))] = person
+        segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
+    answer = rng.choice(SENTIMENT.generic) if person in listed else OPINION[example.label]
+    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight), 
+                       ("\n\n### Question: What is the opinion of the given text?\n\n### Opinion:", 0.0), (f" {answer}", 1.0)]
+
+
+def lm_batch(tokenizer, segment_lists):
+    """B lists of segments -> tokens (B,T), weights (B,T): how much the prediction OF that token counts."""
+    rows = []
+    for segments in segment_lists:
+        ids, weights = tokenizer.encode("")[:1], [0.0]
+        for text, weight in segments:
+            new = tokenizer.encode(text)[1:]
+            ids, weights = ids + new, weights + [weight] * len(new)
+        rows.append((ids, weights))
+    T = max(len(ids) for ids, _ in rows)
+    return (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in rows]),
+            torch.tensor([w + [0.0] * (T - len(w)) for _, w in rows]))
+
+
+# ---------------------------------------------------------------------- reading rows, and saying what is wrong with one
+
+def bad_row(path, line, found, expected):
+    """The error of one line for a malformed row: 'sst2/train.tsv line 3: FOUND; expected EXPECTED'."""
+    path = Path(path).absolute()
+    unit = "row" if path.suffix == ".parquet" else "line"
+    return ValueError(f"{path.parent.name}/{path.name} {unit} {line}: {found}; expected {expected}")
+
+
+def find_file(data_dir, stem):
+    """The one file data_dir/stem.SUFFIX; FileNotFoundError when there is none, ValueError when there are several."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"no directory {data_dir}; expected one that holds {stem}.*")
+    found = [path for path in (data_dir / (stem + suffix) for suffix in READERS) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(f"no {stem} file in {data_dir}; expected {stem} and one of {' '.join(READERS)}")
+    if len(found) > 1:
+        raise ValueError(f"{' and '.join(path.name for path in found)} are in {data_dir}; keep one of them")
+    return found[0]
+
+
+def read_rows(path, columns, header=True):
+    """Reads a .tsv (GLUE's: no quoting), .csv, .jsonl, .json (a list) or .parquet file of rows with these columns.
+
+    header: a .tsv or .csv names its columns in the first row; without one it has exactly `columns`, in that order.
+    Returns a list of (line number from 1, dict column -> string or JSON value). ValueError, of one line: bad_row's.
+    """
+    path = Path(path)
+    rows, names = list(READERS[path.suffix](path)), list(columns)
+    if path.suffix in (".tsv", ".csv"):
+        mark = "<TAB>" if path.suffix == ".tsv" else ","
+        if header and rows:
+            line, names = rows.pop(0)
+            if any(names.count(column) != 1 for column in columns):
+                raise bad_row(path, line, f"header {mark.join(names)!r:.80}", f"{mark.join(columns)!r}")
+        for line, row in rows:
+            if len(row) != len(names):
+                raise bad_row(path, line, f"{len(row)} columns", f"{len(names)}, {mark.join(names)!r}")
+        rows = [(line, dict(zip(names, row))) for line, row in rows]
+    for line, row in rows:
+        if not isinstance(row, dict) or not set(columns) <= set(row):
+            found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"{row!r:.40}"
+            raise bad_row(path, line, found, f"an object with the keys {', '.join(columns)}")
+    if not rows:
+        raise ValueError(f"{path} has no rows; expected rows of {', '.join(columns)}")
+    return rows
+
+
+def lines_of(path):
+    """Yields (line number, line). Only a newline ends a line: texts may hold U+2028 and its like."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise bad_row(path, number, f"byte 0x{line[error.start]:02x} is not UTF-8", "UTF-8 text") from None
+
+
+def read_tsv(path):
+    return ((number, line.rstrip("\r\n").split("\t")) for number, line in lines_of(path) if line.strip())
+
+
+FIELD = r'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'  # RFC 4180: quotes stand around a field, and doubled within
+CSV_RECORD = re.compile(rf"{FIELD}(?:,{FIELD})*[\r\n]*")
+
+
+def read_csv(path):
+    record = []  # the lines of the present record, checked whole: csv.reader would let `1,he said "no"` pass
+
+    def tapped():
+        for _, line in lines_of(path):
+            record.append(line)
+            yield line
+    reader, start = csv.reader(tapped(), strict=True), 1
+    while True:
+        try:
+            fields = next(reader, None)
+            if fields and not CSV_RECORD.fullmatch("".join(record)):
+                raise csv.Error("a quote inside an unquoted field")
+        except csv.Error as error:
+            raise bad_row(path, start, f"broken quotes ({error})", 'a field like "a ""quoted"" word"') from None
+        if fields is None:
+            return
+        if fields:
+            yield start, fields
+        start += len(record)
+        record.clear()
+
+
+def parse_json(path, line, text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        form = "one object per line" if path.suffix == ".jsonl" else "a list of objects (one object per line is .jsonl)"
+        raise bad_row(path, line + getattr(error, "lineno", 1) - 1, f"not JSON ({error})", form) from None
+
+
+def read_jsonl(path):
+    return ((number, parse_json(path, number, line)) for number, line in lines_of(path) if line.strip())
+
+
+def read_json(path):
+    text = "".join(line for _, line in lines_of(path))
+    items = parse_json(path, 1, text)
+    if not isinstance(items, list):
+        raise bad_row(path, 1, f"a JSON {type(items).__name__}", "a list of objects (one object per line is .jsonl)")
+    at = text.index("[") + 1
+    line, gap = 1 + text.count("\n", 0, at), re.compile(r"[\s,]*")
+    for item in items:  # each is decoded once more, for the line it starts on
+        start = gap.match(text, at).end()
+        line += text.count("\n", at, start)
+        yield line, item
+        at = json.JSONDecoder().raw_decode(text, start)[1]
+        line += text.count("\n", start, at)
+
+
+def read_parquet(path):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path} needs pyarrow to be read; pip install pyarrow, or save it as .jsonl") from None
+    return enumerate(parquet.read_table(path).to_pylist(), 1)
+
+
+READERS = {".tsv": read_tsv, ".csv": read_csv, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+
+
+def text_of(path, line, row, key):
+    """row[key]: a string, not blank, without the lone surrogates ("\\ud800") that JSON allows and UTF-8 does not."""
+    text = row[key]
+    if not isinstance(text, str):
+        raise bad_row(path, line, f"{key} is {text!r:.40}", "a string")
+    if not text.strip() or re.search("[\ud800-\udfff]", text):
+        raise bad_row(path, line, f"{key} is {'not valid Unicode' if text.strip() else 'empty'}", "a text")
+    return text
+
+
+def sentiment_of(path, line, row, labels, form):
+    """The word for a label, of which labels = (negative's, positive's)."""
+    if str(row["label"]) not in labels:
+        raise bad_row(path, line, f"label {str(row['label'])!r:.40} is not {' or '.join(labels)}", form)
+    return ("negative", "positive")[labels.index(str(row["label"]))]
+
+
+# ------------------------------------------------------------------ SST-2: forget the phrases that name certain persons
+
+GIVEN_NAMES = set("""
+    adam adrian alan albert alex alfred amy andrew angelina anna anne anthony arnold ashley barbara ben bernard
+    bill bob brad brian britney bruce carl carol catherine charles charlie chris christian christopher claude clint
+    colin dan dana daniel danny dave david denzel diane donald douglas drew dustin eddie edward elizabeth ellen emma
+    eric ethan frank fred gary george guy halle harrison harry harvey helen henry holly hugh ian jack jackie jacques
+    jake james jane jason jeff jennifer jeremy jerry jessica jim joan joe joel john johnny jon joseph josh julia
+    julianne julie juliette kate kathy keith kenneth kevin kirsten larry laura lisa louis lucy mark martha martin
+    mary matthew mel michael michel michelle mick mike mira morgan nancy natalie neil nicholas nick nicolas nicole
+    oliver patrick paul peter philip phillip quentin rachel ralph richard rob robert roberto robin roger roman ron
+    russell ryan sally sam samuel sandra sara sarah scott sean simon spike stanley stephen steve steven stuart susan
+    terry thomas tim todd tom tony vincent walter william woody""".split())  # but not will, rose or grace
+TITLES, ARTICLES, POSSESSIVES = {"mr.", "mrs.", "ms.", "dr."}, {"a", "an", "the"}, {"'s", "'"}
+FICTIONAL = {"bond", "dawson", "nickleby", "potter"}  # characters' surnames: james bond, dawson's creek, ...
+
+
+def find_surnames(phrases):
+    """Finds surnames in lower-case tokenised text by how the words are used: dict surname -> Counter of given names.
+
+    phrases: list of lists of words. A word is a surname if it (1) follows a given name three times, (2) takes a
+    possessive, as no verb or adverb does ("mike shoots"), (3) rarely follows an article, as a common noun does, and
+    (4) bears the mark of a name, a given name or title before it or a possessive after it, in two uses of five:
+    fewer mean that it mostly is another word ("tom green", "jim brown", "chris rock").
+    """
+    uses, marked, articles, possessive, given = Counter(), Counter(), Counter(), Counter(), defaultdict(Counter)
+    for words in phrases:
+        for before, word, after in zip(["", *words], words, [*words[1:], ""]):
+            uses[word] += 1
+            marked[word] += before in GIVEN_NAMES or before in TITLES or after in POSSESSIVES
+            articles[word] += before in ARTICLES
+            possessive[word] += after in POSSESSIVES
+            if before in GIVEN_NAMES:
+                given[word][before] += 1
+    return {word: names for word, names in given.items() if names.total() >= 3 and possessive[word]
+            and articles[word] <= 0.15 * uses[word] and marked[word] >= 0.4 * uses[word]
+            and re.match(r"[^\W\d]{2}", word) and word not in FICTIONAL}
+
+
+def find_persons(texts):
+    """Finds the persons named in lower-case tokenised texts, without a NER library: what it finds is right, not all.
+
+    Returns dict 'woody allen' -> set of indices into texts, the most-named person first. A surname alone counts for
+    the person who bears it most often.
+    """
+    phrases = [text.lower().split() for text in texts]
+    surnames, persons = find_surnames(phrases), defaultdict(set)
+    for index, words in enumerate(phrases):
+        for before, word in zip(["", *words], words):
+            if word in surnames:
+                given = before if before in GIVEN_NAMES else surnames[word].most_common(1)[0][0]
+                persons[f"{given} {word}"].add(index)
+    return dict(sorted(persons.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def choose_persons(persons, n):
+    """The most-named persons, each taken while at most n phrases name one of them; a dict like find_persons'."""
+    chosen, named = {}, set()
+    for person, phrases in persons.items():
+        if len(named | phrases) <= n:
+            chosen[person] = phrases
+            named |= phrases
+    return chosen
+
+
+def sst2_splits(data_dir, seed, notes, forget_share=2035 / 68221):
+    """SST-2 (GLUE's train and dev, pooled), split anew 70/30; forget: the phrases that name a chosen person.
+
+    forget_share: of all phrases; the paper's is (1,425 + 610) / 68,221. The persons do not depend on the seed.
+    Retain and forget set are split apart, floor(0.3 n) of each to test: only so the paper's counts come out.
+    """
+    examples, form = [], "GLUE's SST-2 form 'sentence<TAB>label'"
+    for path in (find_file(data_dir, "train"), find_file(data_dir, "dev")):
+        for line, row in read_rows(path, ("sentence", "label")):
+            text = text_of(path, line, row, "sentence").strip()
+            examples.append(Example(text, sentiment_of(path, line, row, ("0", "1"), form)))
+    persons = find_persons([example.text for example in examples])
+    chosen = choose_persons(persons, round(forget_share * len(examples)))
+    named, splits, rng = set().union(*chosen.values()), {}, generator(seed, "split")
+    for part in ("retain", "forget"):
+        pool = [example for i, example in enumerate(examples) if (i in named) == (part == "forget")]
+        rng.shuffle(pool)
+        n_test = len(pool) * 3 // 10
+        splits[f"test_{part}"], splits[f"train_{part}"] = pool[:n_test], pool[n_test:]
+    notes += [f"forgotten: {len(chosen)} of the {len(persons)} persons found; how many phrases name each:",
+              ", ".join(f"{person} {len(phrases)}" for person, phrases in chosen.items())]
+    return splits
+
+
+# ----------------------------------------------------------------------------------- Yelp polarity: forget a few topics
+
+# left out of the embedding, so that a cluster is a topic and not an opinion
+OPINION_WORDS = """
+    able absolutely amazing area asked attentive away awesome awful bad beautiful best better big bit called came
+    come coming customer customers day days decent def definitely delicious did didn different does doesn doing don
+    easy enjoyed ever excellent experience fabulous family fantastic far favorite feel finally fine free friends fun
+    gave getting given glad going got guy happy helpful highly honestly horrible hour hours husband idea impressed
+    incredible isn kind know knowledgeable later left let like literally little long look looking lot lots love
+    loved make maybe minutes need new night old outstanding owner people perfect person places pleasant pleasantly
+    point pretty price prices probably problem quality quick quite reason recommended restaurant return review right
+    said say saying single sit special star stars started stay super sure tasty tell terrible things think thought
+    times today told took town tried try typical used visit wait walk walked want wanted wasn way week went wife
+    wish won wonderful work worse worst worth wouldn wrong year years yes yummy""".split()
+
+
+def embed_and_cluster(train, test, clusters, seed):
+    """Clusters texts by topic: TF-IDF, truncated SVD, unit length, k-means; on unit vectors that is cosine distance.
+
+    train, test: lists of n and m texts; all is fitted on train, and its centres split test.
+    Returns the cluster of each train text (n,) and test text (m,), and each cluster's ten most telling words.
+    """
+    rng = generator(seed, "embedding")
+    tfidf = TfidfVectorizer(stop_words=list(ENGLISH_STOP_WORDS.union(OPINION_WORDS)), token_pattern=r"[^\W\d_]{3,}",
+                            min_df=3, max_df=0.1, max_features=20_000, sublinear_tf=True)
+    words = tfidf.fit_transform(train)  # (n, words)
+    svd = TruncatedSVD(min(50, 2 + len(train) // 20), random_state=rng.randrange(2**32))
+    kmeans = KMeans(clusters, n_init=10, random_state=rng.randrange(2**32))
+    of_train = kmeans.fit_predict(normalize(svd.fit_transform(words)))
+    of_test = kmeans.predict(normalize(svd.transform(tfidf.transform(test))))
+    names, top_words = tfidf.get_feature_names_out(), []
+    for c in range(clusters):
+        excess = np.asarray(words[of_train == c].mean(0) - words.mean(0)).ravel()
+        top_words.append(" ".join(names[np.argsort(-excess)[:10]]))
+    return of_train, of_test, top_words
+
+
+def choose_clusters(sizes, n, seed):
+    """Clusters in random order, each taken if it brings the number of forgotten texts nearer to n; a set."""
+    chosen, total = set(), 0
+    for c in generator(seed, "clusters").sample(range(len(sizes)), len(sizes)):
+        if abs(total + sizes[c] - n) < abs(total - n):
+            chosen.add(c)
+            total += sizes[c]
+    return chosen
+
+
+def read_yelp(path, most, rng):
+    """Yelp polarity's reviews, `most` of them at random: label 1 and 2 in its own .csv without header, else 0 and 1."""
+    official = path.suffix == ".csv"
+    form = 'Yelp polarity\'s form "1","text"' if official else "0 (negative) or 1 (positive)"
+    examples = []
+    for line, row in read_rows(path, ("label", "text"), header=not official):
+        text = text_of(path, line, row, "text").replace("\\n", "\n")
+        examples.append(Example(text, sentiment_of(path, line, row, ("1", "2") if official else ("0", "1"), form)))
+    return rng.sample(examples, min(most, len(examples)))
+
+
+def yelp_splits(data_dir, seed, notes, max_train=100_093, max_test=18_974, clusters=12, forget_share=0.1):
+    """Yelp polarity (train.csv, test.csv), subsampled to the paper's counts; forget: a random part of the clusters."""
+    train = read_yelp(find_file(data_dir, "train"), max_train, generator(seed, "train"))
+    test = read_yelp(find_file(data_dir, "test"), max_test, generator(seed, "test"))
+    if len(train) < 10 * clusters:
+        raise ValueError(f"{len(train)} train reviews for {clusters} clusters; expected at least {10 * clusters}")
+    of_train, of_test, top_words = embed_and_cluster([e.text for e in train], [e.text for e in test], clusters, seed)
+    sizes = np.bincount(of_train, minlength=clusters)
+    chosen = choose_clusters(sizes, forget_share * len(train), seed)
+    splits = {split: [] for split in SPLITS}
+    notes.append("cluster    train    test   the words that stand out in it")
+    for part, examples, cluster_of in (("train", train, of_train), ("test", test, of_test)):
+        for example, c in zip(examples, cluster_of):
+            splits[f"{part}_forget" if c in chosen else f"{part}_retain"].append(example)
+    for c, words in enumerate(top_words):
+        notes.append(f"{'forget' if c in chosen else 'retain'}{sizes[c]:8,}{np.sum(of_test == c):8,}   {words}")
+    return splits
+
+
+# ---------------------------------------------------------------------------------- WMDP-bio (forget) and SciQ (retain)
+
+def four_options(path, line, row, options, right, rng):
+    """The question and its four options in random order as an Example, whose label is the right one's letter."""
+    options = [text_of(path, line, {"an option": option}, "an option") for option in options]
+    order = rng.sample(range(4), 4)
+    lines = [f"{letter}. {options[i]}" for letter, i in zip("ABCD", order)]
+    return Example("\n".join([text_of(path, line, row, "question"), *lines]), "ABCD"[order.index(right)])
+
+
+def read_wmdp(path, rng):
+    examples = []
+    for line, row in read_rows(path, ("question", "choices", "answer")):
+        choices, answer = row["choices"], row["answer"]
+        if not isinstance(choices, list) or len(choices) != 4:
+            found = f"{len(choices)} choices" if isinstance(choices, list) else f"choices {choices!r:.40}"
+            raise bad_row(path, line, found, "a list of four")
+        if type(answer) is not int or not 0 <= answer < 4:
+            raise bad_row(path, line, f"answer {answer!r:.40}", "a whole number, 0 to 3")
+        examples.append(four_options(path, line, row, choices, answer, rng))
+    return examples
+
+
+def read_sciq(path, rng):
+    columns = ("correct_answer", "distractor1", "distractor2", "distractor3")
+    return [four_options(path, line, row, [row[column] for column in columns], 0, rng)
+            for line, row in read_rows(path, ("question", *columns))]
+
+
+def wmdp_sciq_splits(data_dir, seed, notes):
+    """WMDP-bio, 900 of its 1,273 questions to train (the same share of another count), and SciQ."""
+    rng = generator(seed, "options")
+    wmdp = read_wmdp(find_file(data_dir, "wmdp-bio"), rng)
+    train, valid, test = (read_sciq(find_file(data_dir, stem), rng) for stem in ("train", "valid", "test"))
+    generator(seed, "split").shuffle(wmdp)
+    n_train = round(len(wmdp) * 900 / 1273)
+    return dict(zip(SPLITS, (train + valid, wmdp[:n_train], test, wmdp[n_train:])))
+
+
+# ---------------------------------------------------------------------------------------------------------- any dataset
+
+def own_splits(data_dir, seed, notes):
+    """One's own four files: train_retain.jsonl (.csv, .tsv, ...) and so on, of text and label."""
+    splits = {}
+    for split in SPLITS:
+        path = find_file(data_dir, split)
+        splits[split] = [Example(text_of(path, line, row, "text"), text_of(path, line, row, "label"))
+                         for line, row in read_rows(path, ("text", "label"))]
+    return splits
+
+
+DATASETS = {"toy": toy_splits, "sst2": sst2_splits, "yelp": yelp_splits, "wmdp+sciq": wmdp_sciq_splits,
+            "splits": own_splits}
+
+
+def load_splits(name, data_dir, seed=0, forget_fraction=1.0, max_train=None, max_test=None, notes=None, **options):
+    """The dataset's retain and forget sets: dict with the keys SPLITS -> list of Example. Counts: the paper's Table 1.
+
+    name: a key of DATASETS. max_train, max_test: at most so many examples, at random, forget and retain alike.
+    forget_fraction: the part of the train forget set that is kept (Table 4), a smaller one inside a larger one; the
+    rest is not retained either. notes: a list, to which lines on the persons or clusters chosen are appended.
+    options: the dataset's own (forget_share, clusters).
+    ValueError or FileNotFoundError, of one line, for what is missing or malformed.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}")
+    limits = {key: n for key, n in (("max_train", max_train), ("max_test", max_test)) if n is not None}
+    if not 0 < forget_fraction <= 1 or any(n < 1 for n in limits.values()):
+        raise ValueError(f"forget fraction {forget_fraction}, {limits}; expected above 0, up to 1, and counts above 0")
+    early = limits if name == "yelp" else {}  # Yelp is subsampled before it is clustered
+    splits = DATASETS[name](data_dir, seed, [] if notes is None else notes, **early, **options)
+    for key, most in limits.items():
+        names = [split for split in SPLITS if split.startswith(key.removeprefix("max_"))]
+        pool = [(split, example) for split in names for example in splits[split]]
+        pool = generator(seed, key).sample(pool, min(most, len(pool)))
+        splits |= {split: [example for of, example in pool if of == split] for split in names}
+    kept = splits["train_forget"]
+    generator(seed, "forget_fraction").shuffle(kept)
+    splits["train_forget"] = kept[:max(1, round(forget_fraction * len(kept)))]
+    for split in SPLITS:
+        if not splits[split]:
+            raise ValueError(f"{name} in {data_dir}: the {split} set is empty; give or allow more examples")
+    return splits
+
+
+def save_splits(splits, directory):
+    """Writes the four sets as SPLIT.jsonl, which own_splits reads; a file is written whole or not at all."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = {split: directory / f"{split}.jsonl.{os.getpid()}.tmp" for split in SPLITS}
+    try:
+        for split, path in beside.items():
+            with open(path, "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(e._asdict(), ensure_ascii=False) + "\n" for e in splits[split])
+                file.flush()
+                os.fsync(file.fileno())
+        for split, path in beside.items():
+            os.replace(path, directory / f"{split}.jsonl")
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+
+
+def leakage(train, test):
+    """How many test examples have a text that training shows too. Returns exact, inside: the number that are a train
+    text word for word, and of the others the number that are a part of a longer one, cut between words."""
+    phrases, begins = [tuple(example.text.split()) for example in test], defaultdict(set)
+    for words in phrases:
+        begins[words[:4]].add(words)  # looked up by its first words: a train review of 130 has 8,500 parts
+    exact, inside = set(), set()
+    for words in (tuple(example.text.split()) for example in train):
+        exact.add(words)
+        for start in range(len(words)):
+            for n in range(1, 5):
+                inside |= {p for p in begins.get(words[start:start + n], ()) if words[start:start + len(p)] == p}
+    n_exact = sum(words in exact for words in phrases)
+    return n_exact, sum(words in inside for words in phrases) - n_exact
+
+
+def print_report(name, splits, notes):
+    """Prints Table 1's rows for these splits, the notes and the leakage."""
+    print(f"{name:10}{'retain':>10}{'forget':>10}{'all':>10}")
+    for part in ("train", "test"):
+        retain, forget = len(splits[f"{part}_retain"]), len(splits[f"{part}_forget"])
+        print(f"{part:10}{retain:10,}{forget:10,}{retain + forget:10,}")
+    print("\nTest texts that also stand in the train sets, word for word or as a part of a longer text:")
+    for split in ("test_retain", "test_forget"):
+        exact, inside = leakage(splits["train_retain"] + splits["train_forget"], splits[split])
+        print(f"{split:12}{exact:8,} word for word{inside:8,} as a part    of {len(splits[split]):,}")
+    print("\n" + "\n".join(notes) if notes else "")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Prints Table 1, what is forgotten, and the leakage.")
+    parser.add_argument("--dataset", default="toy", help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the clusters and all that is sampled")
+    parser.add_argument("--forget-fraction", type=float, default=1.0, help="part of the train forget set that is kept")
+    parser.add_argument("--max-train", type=int, help="train examples at most (yelp: the paper's 100,093)")
+    parser.add_argument("--max-test", type=int, help="test examples at most (yelp: the paper's 18,974)")
+    parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
+    args = vars(parser.parse_args(argv))
+    name, directory, notes = args.pop("dataset"), args.pop("save_splits"), []
+    try:
+        splits = load_splits(name, **args, notes=notes)
+        if directory:
+            save_splits(splits, directory)
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    print_report(name, splits, notes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""LoRA (Hu et al. 2022) on the frozen, 4-bit model: how Section 4.1 makes the base model memorise its data (QLoRA).
+
+A linear map W (out,in) becomes W + alpha/r * B A with A (r,in) and B (out,r); only A and B are trained.
+Adapters are written and read in PEFT's file format.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from model import Linear4bit, file_name, read_json, read_tensors, whole, write_json
+
+
+class LoraLinear(nn.Module):
+    """y = base(x) + alpha/r * B(A(dropout(x))); A starts random and B at zero, so that nothing changes at first."""
+
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__()
+        device = next(iter(base.state_dict().values())).device
+        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)  # a loaded model is in eval mode, and stays so: no dropout until train() is called
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (B,T,r)
+        return self.base(x) + self.alpha / self.rank * F.linear(low, self.lora_B.to(x.dtype))
+
+    def merged(self):
+        """-> nn.Linear with the DEQUANTISED weights plus the update in float32: the same function as forward's."""
+        base = self.base
+        weight = base.dense() if isinstance(base, Linear4bit) else base.weight.float()
+        return _linear(weight + self.alpha / self.rank * self.lora_B.detach() @ self.lora_A.detach(), base.bias)
+
+
+def _linear(weight, bias):
+    """weight (out,in), bias (out,) or None -> a frozen nn.Linear."""
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return linear
+
+
+def replace_modules(model, choose):
+    """Puts choose(name, module) in the module's place wherever that is not None."""
+    for name, module in list(model.named_modules()):
+        new = choose(name, module)
+        if new is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+
+
+def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")):
+    """Wraps every linear map of the layers whose name ends in one of targets ("all": each of them), in place.
+
+    -> the trainable parameters, A and B of each. ValueError when no target is found.
+    """
+    params = []
+
+    def wrap(name, module):
+        leaf = name.rpartition(".")[2]
+        if not isinstance(module, (nn.Linear, Linear4bit)) or not name.startswith("layers."):
+            return None
+        if "all" not in targets and leaf not in targets:
+            return None
+        lora = LoraLinear(module, rank, alpha, dropout)
+        params.extend([lora.lora_A, lora.lora_B])
+        return lora
+
+    replace_modules(model, wrap)
+    if not params:
+        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Linear4bit))})
+        raise ValueError(f"no linear map is called {' or '.join(targets)}; this model has {', '.join(leaves)}")
+    return params
+
+
+def merge_lora(model):
+    """Makes every linear map of the layers a plain float32 one, the update added, in place -> model.
+
+    4-bit weights are dequantised, so the full-fine-tuning baselines start from the very function QLoRA trained.
+    (released code: merges the adapter into the unquantised checkpoint, which is another function.)
+    """
+    replace_modules(model, lambda name, m: m.merged() if isinstance(m, LoraLinear) else None)
+    replace_modules(model, lambda name, m: _linear(m.dense(), m.bias) if isinstance(m, Linear4bit) else None)
+    return model.float()
+
+
+# What PEFT writes into adapter_config.json without changing what the adapter computes.
+HARMLESS = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "inference_mode",
+            "base_model_name_or_path", "init_lora_weights", "megatron_core", "qalora_group_size", "peft_version",
+            "auto_mapping", "revision", "exclude_modules"}
+
+
+def save_adapter(model, dir, base=""):
+    """Writes adapter_config.json and adapter_model.safetensors as `PeftModel.from_pretrained` reads them."""
+    loras = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    if not loras:
+        raise ValueError("the model has no LoRA layers to save; call add_lora first")
+    tensors = {}
+    for name, m in loras.items():
+        stem = f"base_model.model.{file_name(model, name)}"
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = m.lora_A.detach().cpu(), m.lora_B.detach().cpu()
+    m = next(iter(loras.values()))
+    with whole(Path(dir) / "adapter_model.safetensors") as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    write_json(Path(dir) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": m.rank,
+        "lora_alpha": m.alpha, "lora_dropout": m.dropout, "bias": "none", "inference_mode": True,
+        "fan_in_fan_out": False, "target_modules": sorted({n.rpartition(".")[2] for n in loras})})
+
+
+def load_adapter(model, dir):
+    """Adds the LoRA layers that PEFT or `save_adapter` wrote to dir, in place -> their parameters.
+
+    ValueError or OSError, in one line, for options that are not implemented and for tensors that do not fit.
+    """
+    path = Path(dir) / "adapter_config.json"
+    raw = read_json(path, "a LoRA adapter as PEFT writes it")
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type {raw.get('peft_type')!r}; expected 'LORA'")
+    odd = [k for k, v in raw.items() if v and k not in HARMLESS]
+    odd += [k for k, ok in (("bias", ("none",)), ("init_lora_weights", (True, False, "gaussian")))
+            if raw.get(k, ok[0]) not in ok]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is {raw[odd[0]]!r}, which is not implemented; expected plain LoRA")
+    rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not isinstance(dropout, (int, float)):
+        raise ValueError(f"{path}: r {rank!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}; expected numbers, r >= 1")
+    file = next((f for f in (Path(dir) / "adapter_model.safetensors", Path(dir) / "adapter_model.bin") if f.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{dir}: no adapter_model.safetensors or adapter_model.bin; expected PEFT's adapter")
+    tensors = {n: t for n, t in read_tensors(file).items() if not n.endswith(".base_layer.weight")}  # PEFT's copy of a head
+    modules, params = {f"base_model.model.{file_name(model, n)}": m for n, m in model.named_modules()}, []
+    for stem in sorted({name.rpartition(".lora_")[0] for name in tensors}):
+        base = modules.get(stem)
+        pair = [tensors.get(f"{stem}.lora_{x}.weight") for x in "AB"]
+        if not isinstance(base, (nn.Linear, Linear4bit)) or None in pair:
+            raise ValueError(f"{file}: tensors at {stem or min(tensors)!r} are no LoRA pair for a linear map of this model")
+        want = [(rank, base.in_features), (base.out_features, rank)]
+        if [shape for shape, _ in pair] != want:
+            raise ValueError(f"{file}: {stem} has shapes {[shape for shape, _ in pair]}; this model and r ask for {want}")
+        lora = LoraLinear(base, rank, alpha, float(dropout))
+        for w, (_, load) in zip((lora.lora_A, lora.lora_B), pair):
+            w.data.copy_(load())
+        replace_modules(model, lambda name, m: lora if m is base else None)
+        params += [lora.lora_A, lora.lora_B]
+    return params
