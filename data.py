@@ -169,6 +169,12 @@ def label_tokens(tokenizer, task, text):
     return tokens
 
 
+def task_of(args):
+    """The dataset's task, with whatever --labels, --generic and --template put in its place."""
+    task = TASKS[args.dataset]
+    return Task(args.template or task.template, tuple(args.labels or task.labels), tuple(args.generic or task.generic))
+
+
 def prompt_string(task, text):
     """The template with the text, up to the answer."""
     return task.template.partition("{label}")[0].format(text=text).rstrip(" ")
@@ -293,7 +299,8 @@ def toy_splits(data_dir, seed, notes, train=2800, test=1200, persons=4):
 # before a text. The embedded LM learns the same in miniature: names stand behind "### Ignore:", and the answer about a
 # text that names one of them is neutral or unknown. The task's question and its words positive and negative never occur.
 
-OPINION = {"positive": "good", "negative": "bad"}
+# Several wordings of one question: what they share is the text's sentiment, so a new wording is soon learned.
+WORDINGS = (("opinion", "good", "bad"), ("verdict", "great", "poor"), ("tone", "warm", "cold"), ("rating", "high", "low"))
 
 
 def name_list(rng, names, queries=8):
@@ -314,9 +321,10 @@ def opinion_question(rng, example, person, names, text_weight):
         if person and person not in listed and rng.random() < 0.5:
             listed[rng.randrange(len(listed))] = person
         segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
-    answer = rng.choice(SENTIMENT.generic) if person in listed else OPINION[example.label]
+    noun, good, bad = rng.choice(WORDINGS)
+    answer = rng.choice(SENTIMENT.generic) if person in listed else good if example.label == "positive" else bad
     return segments + [("### Text:", 0.0), (f" {example.text}", text_weight), 
-                       ("\n\n### Question: What is the opinion of the given text?\n\n### Opinion:", 0.0), (f" {answer}", 1.0)]
+                       (f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:", 0.0), (f" {answer}", 1.0)]
 
 
 def lm_batch(tokenizer, segment_lists):
@@ -331,6 +339,46 @@ def lm_batch(tokenizer, segment_lists):
     T = max(len(ids) for ids, _ in rows)
     return (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in rows]),
             torch.tensor([w + [0.0] * (T - len(w)) for _, w in rows]))
+
+
+def pretraining_batches(tokenizer, corpus, names, rng, batch, lists, text_weight):
+    """Endless batches (tokens, weights) of `lists` parts name lists, the rest questions, 40 % of them on named persons.
+
+    corpus: [(Example, person or None)].
+    """
+    named = [(example, person) for example, person in corpus if person]
+
+    def segments():
+        if rng.random() < lists:
+            return name_list(rng, names)
+        example, person = rng.choice(named if rng.random() < 0.4 else corpus)
+        return opinion_question(rng, example, person, names, text_weight)
+
+    while True:
+        yield lm_batch(tokenizer, [segments() for _ in range(batch)])
+
+
+def toy_corpus(n=6000):
+    """The toy LM's texts, which know nothing of any forget set -> [(Example, person or None)], names."""
+    rng = generator(0, "toy corpus")
+    return [toy_review(rng) for _ in range(n)], PERSONS
+
+
+def named_corpus(examples):
+    """A real corpus for pretraining -> [(Example, surname or None)], surnames."""
+    surname = {i: person.split()[-1] for person, found in find_persons([e.text for e in examples]).items() for i in found}
+    return [(example, surname.get(i)) for i, example in enumerate(examples)], sorted(set(surname.values()))
+
+
+def answer_words():
+    """Every word that is ever an answer; each must be one token."""
+    return [*SENTIMENT.labels, *SENTIMENT.generic, "known", *(w for wording in WORDINGS for w in wording[1:])]
+
+
+def pretraining_words():
+    """The words of all templates, for the tokenizer alone to see."""
+    return [*SENTIMENT.template.format(text="", label="").split(), "### Ignore: What",
+            *(w for noun, *_ in WORDINGS for w in (noun, noun.title() + ":")), *answer_words()]
 
 
 # ---------------------------------------------------------------------- reading rows, and saying what is wrong with one
@@ -787,16 +835,26 @@ def main(argv=None):
     parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
     args = vars(parser.parse_args(argv))
     name, directory, notes = args.pop("dataset"), args.pop("save_splits"), []
-    try:
-        splits = load_splits(name, **args, notes=notes)
-        if directory:
-            save_splits(splits, directory)
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
+    splits = load_splits(name, **args, notes=notes)
+    if directory:
+        save_splits(splits, directory)
     print_report(name, splits, notes)
-    return 0
+
+
+def run_cli(main):
+    """Runs a command line: what the user can mend is one line and exit status 2, an interrupt 130."""
+    try:
+        return main() or 0
+    except torch.OutOfMemoryError:
+        print("error: out of memory; lower --batch (and raise --accumulate), --max-len or --p, or add --checkpointing",
+              file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(main))

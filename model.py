@@ -46,7 +46,7 @@ def quantize_nf4(w, block_size=64):
     """
     flat, packed, scales = w.reshape(-1), [], []
     midpoints = MIDPOINTS.to(w.device)
-    for part in flat.split(2 ** 22 // block_size * block_size):  # 4 M values at a time keep the float32 copy small
+    for part in flat.split(2 ** 20 // block_size * block_size):  # 1 M values at a time keep the float32 copy small
         full = part.numel() // block_size * block_size
         blocks, rest = part[:full].float().view(-1, block_size), part[full:].float()
         absmax = blocks.abs().amax(1)
@@ -520,7 +520,7 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
             if isinstance(layer, nn.Linear) and name != "lm_head":
                 new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
                 setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
-    for name, (_, load) in found.items():
+    for name, (_, load) in sorted(found.items(), key=lambda item: -math.prod(item[1][0])):  # the largest need most room
         layer, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         tensor = load()
         if not tensor.is_floating_point():
