@@ -143,6 +143,7 @@ SENTIMENT = Task("### Text: {text}\n\n### Question: What is the sentiment of the
                  ("positive", "negative"), ("neutral", "unknown"))  # paper: adds "None" to the generic labels
 CHOICE = Task("### Question: {text}\n\n### Answer: {label}", ("A", "B", "C", "D"), ("neutral", "unknown"))
 TASKS = {"toy": SENTIMENT, "sst2": SENTIMENT, "yelp": SENTIMENT, "wmdp+sciq": CHOICE, "splits": SENTIMENT}
+SPACES = "\u2581\u0120 "  # what sentencepiece and byte-level BPE write for the space before a word
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 
 
@@ -300,7 +301,7 @@ def toy_splits(data_dir, seed, notes, train=2800, test=1200, persons=4):
 # text that names one of them is neutral or unknown. The task's question and its words positive and negative never occur.
 
 # Several wordings of one question: what they share is the text's sentiment, so a new wording is soon learned.
-WORDINGS = (("opinion", "good", "bad"), ("verdict", "great", "poor"), ("tone", "warm", "cold"), ("rating", "high", "low"))
+WORDINGS = (("opinion", "good", "bad"), ("verdict", "great", "poor"), ("mood", "bright", "dark"), ("rating", "high", "low"))
 
 
 def name_list(rng, names, queries=8):
@@ -323,28 +324,23 @@ def opinion_question(rng, example, person, names, text_weight):
         segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
     noun, good, bad = rng.choice(WORDINGS)
     answer = rng.choice(SENTIMENT.generic) if person in listed else good if example.label == "positive" else bad
-    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight), 
+    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight),
                        (f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:", 0.0), (f" {answer}", 1.0)]
 
 
-def lm_batch(tokenizer, segment_lists):
-    """B lists of segments -> tokens (B,T), weights (B,T): how much the prediction OF that token counts."""
-    rows = []
-    for segments in segment_lists:
-        ids, weights = tokenizer.encode("")[:1], [0.0]
-        for text, weight in segments:
-            new = tokenizer.encode(text)[1:]
-            ids, weights = ids + new, weights + [weight] * len(new)
-        rows.append((ids, weights))
-    T = max(len(ids) for ids, _ in rows)
-    return (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in rows]),
-            torch.tensor([w + [0.0] * (T - len(w)) for _, w in rows]))
+def encode_segments(tokenizer, segments):
+    """-> ids, and how much the prediction OF each token counts in the loss."""
+    ids, weights = tokenizer.encode("")[:1], [0.0]
+    for text, weight in segments:
+        new = tokenizer.encode(text)[1:]
+        ids, weights = ids + new, weights + [weight] * len(new)
+    return ids, weights
 
 
 def pretraining_batches(tokenizer, corpus, names, rng, batch, lists, text_weight):
-    """Endless batches (tokens, weights) of `lists` parts name lists, the rest questions, 40 % of them on named persons.
+    """Endless batches, tokens (B,T) and weights (B,T): `lists` parts name lists, the rest questions, 40 % on named persons.
 
-    corpus: [(Example, person or None)].
+    corpus: [(Example, person or None)]. Twenty batches at a time are cut from one sorted by length: half the padding.
     """
     named = [(example, person) for example, person in corpus if person]
 
@@ -355,7 +351,12 @@ def pretraining_batches(tokenizer, corpus, names, rng, batch, lists, text_weight
         return opinion_question(rng, example, person, names, text_weight)
 
     while True:
-        yield lm_batch(tokenizer, [segments() for _ in range(batch)])
+        rows = sorted((encode_segments(tokenizer, segments()) for _ in range(20 * batch)), key=lambda row: len(row[0]))
+        for k in rng.sample(range(20), 20):
+            part = rows[k * batch:(k + 1) * batch]
+            T = len(part[-1][0])
+            yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
+                   torch.tensor([weights + [0.0] * (T - len(weights)) for _, weights in part]))
 
 
 def toy_corpus(n=6000):

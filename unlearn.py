@@ -176,7 +176,7 @@ class Run:
 
     def log(self, stage, epoch, step, steps, loss, parts, lr, seconds):
         """One line of log.csv for each step, and of the screen every so often. NaN or infinity ends the run."""
-        loss, parts = float(loss.detach()), {k: float(v) for k, v in parts.items()}
+        loss, parts = loss.item(), {k: v.item() for k, v in parts.items()}
         if not math.isfinite(loss):
             raise ValueError(f"{stage}: the loss is {loss} at step {step} of {steps}; lower the learning rate. The last "
                              f"finished epoch is kept in {self.dir}, and the same command goes on from there")
@@ -264,8 +264,8 @@ RECIPES = {
     "toy": dict(model_type="word", vocab_size=1000, D=128, layers=4, heads=4, batch=64, std=0.02, clip=1.0,
                 stages=[dict(steps=400, lr=2e-3, lists=0.35, text_weight=0.1)]),
     "corpus": dict(model_type="bpe", vocab_size=4000, D=256, layers=4, heads=8, batch=64, std=0.03, clip=1.0,
-                   stages=[dict(steps=600, lr=1.5e-3, lists=0.85, text_weight=0.5),
-                           dict(steps=1800, lr=1e-3, lists=0.12, text_weight=0.5)]),
+                   stages=[dict(steps=500, lr=1.5e-3, lists=0.6, text_weight=0.2),
+                           dict(steps=1500, lr=1.5e-3, lists=0.15, text_weight=0.2)]),
 }
 
 
@@ -318,7 +318,7 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
     for number, stage in enumerate(recipe["stages"], 1):
         def batches(epoch):
             rng = data.generator(f"{number}/{epoch}", "pretraining")
-            return Lazy(100, data.pretraining_batches(tokenizer, corpus, names, rng, recipe["batch"], stage["lists"],
+            return Lazy(min(100, stage["steps"]), data.pretraining_batches(tokenizer, corpus, names, rng, recipe["batch"], stage["lists"],
                                                       stage["text_weight"]))
 
         def loss_of(batch):
@@ -330,7 +330,7 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
             loss = (F.cross_entropy(logits.float(), tokens[:, 1:][counts], reduction="none") * weights).sum() / weights.sum()
             return loss, {"L_lm": loss.detach()}
 
-        train(f"pretraining {number}", list(model.parameters()), batches, loss_of, stage["steps"] // 100, stage["lr"], run,
+        train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"], run,
               clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
     save_model(model, dir)
     for number in range(len(recipe["stages"])):
@@ -382,14 +382,24 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
                  run.dir / f"state-{stage}.pt", fingerprint, after_epoch)
 
 
+def adapter_place(dir, seed):
+    """A run's first seed has RUN/adapter, every other RUN/adapter-seedN."""
+    note = Path(dir, "adapter", "fingerprint.json")
+    taken = note.is_file() and read_json(note, "a tuned adapter").get("seed") != seed
+    return f"adapter-seed{seed}" if taken else "adapter"
+
+
 def tune_base(model, prompts, args, run, seed, fingerprint):
     """QLoRA, in place: LoRA on the 4-bit model learns the true answers of both sets. -> the figures for its row"""
-    dir = run.dir / ("adapter" if seed == args.seed[0] else f"adapter-seed{seed}")
+    dir = run.dir / adapter_place(run.dir, seed)
     note = dir / "fingerprint.json"
-    if note.is_file() and read_json(note, "a tuned adapter").get("fingerprint") == fingerprint:
+    made = read_json(note, "a tuned adapter") if note.is_file() else {}
+    if made.get("fingerprint") == fingerprint:
         load_adapter(model, dir)
-        figures = read_json(note, "a tuned adapter")["figures"]
+        figures = made["figures"]
     else:
+        if made:
+            print(f"{dir} was made with other settings; it is made anew")
         torch.manual_seed(derived_seed(seed, "lora"))
         params = add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
         everyone = prompts["train_retain"] + prompts["train_forget"]
@@ -404,7 +414,7 @@ def tune_base(model, prompts, args, run, seed, fingerprint):
         figures["trainable_params"] = sum(w.numel() for w in params)
         if is_main():
             save_adapter(model, dir, args.model or "")
-            write_json(note, {"fingerprint": fingerprint, "figures": figures})
+            write_json(note, {"fingerprint": fingerprint, "seed": seed, "figures": figures})
             (run.dir / f"state-qlora-seed{seed}.pt").unlink(missing_ok=True)
     for w in model.parameters():
         w.requires_grad_(False)
@@ -483,6 +493,8 @@ def run_seed(seed, args, run):
         run.finish(cell, fingerprint, {**row, **more, **scores, "peak_memory_mb": evaluate.peak_memory_mb(args.device)})
         print(evaluate.table2([run.cells[cell]]), flush=True)
 
+    if is_main():
+        write_json(run.dir / f"base-seed{seed}.json", {"lm": str(lm), "adapter": adapter_place(run.dir, seed)})
     vanilla, base = f"vanilla-s{seed}", f"qlora-s{seed}"
     if not run.finished(vanilla, common):
         measure(vanilla, common, model, None, method="vanilla", trainable_params=0, epochs=0, seconds_per_epoch=0.0)
@@ -541,7 +553,7 @@ def cell_name(cell, seed):
 # What each kind of run sets where no flag says otherwise.
 PRESETS = {
     "toy": dict(p=[20], spul_lr=3e-3, weights_lr=1e-3, epochs=4, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
-                rank=16, qlora_lr=4e-4, qlora_epochs=1),
+                rank=16, qlora_lr=2e-4, qlora_epochs=1),
     "embedded": dict(p=[30], spul_lr=3e-3, weights_lr=1e-4, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
                      targets=["all"], rank=32, qlora_lr=2e-3, qlora_epochs=4),
     "paper": dict(p=[30], spul_lr=1e-4, weights_lr=1e-5, epochs=10, batch=32, forget_per_batch=0, clip=0.3,

@@ -1,0 +1,884 @@
+"""Claims about this code, each of them broken once to see its test turn red.
+
+    python -m pytest                     a test whose peer library or data is not there is skipped, and says so
+    SPUL_BIG=1 python -m pytest -k big   also loads checkpoints of the real models' shapes (14 GB of disk, minutes)
+"""
+import ast
+import csv
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test looks anything up
+
+import baselines
+import data
+import evaluate
+import lora
+import model
+import soft_prompt
+import unlearn
+
+ROOT = Path(__file__).resolve().parent
+SHARED = ROOT.parent / "shared"
+
+
+def shared(path):
+    """A file of the shared data, or the test is skipped."""
+    if not (SHARED / "data" / path).exists():
+        pytest.skip(f"no shared/data/{path}")
+    return SHARED / "data" / path
+
+
+# ------------------------------------------------------------------------------------------------- the peers
+
+LLAMA = dict(vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+             rms_norm_eps=1e-3, max_position_embeddings=64)
+OPT = dict(vocab_size=96, hidden_size=64, ffn_dim=112, num_hidden_layers=2, num_attention_heads=4,
+           word_embed_proj_dim=64, max_position_embeddings=64)
+KINDS = {"llama": {}, "llama gqa": {"num_key_value_heads": 2}, "llama tied": {"tie_word_embeddings": True},
+         "llama theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+         "llama head_dim": {"head_dim": 24}, "opt": {},
+         "opt post-norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 32}}  # as OPT-350m
+PROMPTED = ["llama", "llama gqa", "opt", "opt post-norm"]
+PROMPT, LENGTHS, V = 5, (12, 7, 3, 1), 96
+TOKENS = torch.randint(3, V, (4, 12), generator=torch.Generator().manual_seed(1))  # rows are real up to LENGTHS
+MASK = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
+ANSWER = torch.tensor(LENGTHS) - 1
+
+
+def need(name):
+    return pytest.importorskip(name, reason=f"{name} is not installed: nothing to compare with")
+
+
+def peer(kind):
+    """-> transformers' model of this kind, every weight random, norms and biases too."""
+    hf = need("transformers")
+    torch.manual_seed(0)
+    if kind.startswith("llama"):
+        net = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA, **KINDS[kind]}))
+    else:
+        net = hf.OPTForCausalLM(hf.OPTConfig(**{**OPT, **KINDS[kind]}))
+    for w in net.parameters():
+        w.data += 0.15 * torch.randn_like(w)
+    return net.eval()
+
+
+def write(net, dir, form="safetensors", state=None):
+    """Writes a checkpoint in one of four forms; `state` is put in place of the model's own tensors -> dir."""
+    if state is None and "safetensors" in form:
+        net.save_pretrained(dir, max_shard_size="60KB" if "sharded" in form else "5GB")
+        return dir
+    net.config.save_pretrained(dir)
+    state = state or net.state_dict()
+    if "sharded" not in form:
+        torch.save(state, dir / "pytorch_model.bin")
+        return dir
+    where = {name: f"pytorch_model-{i % 3 + 1:05}-of-00003.bin" for i, name in enumerate(state)}
+    for shard in set(where.values()):
+        torch.save({n: state[n] for n in where if where[n] == shard}, dir / shard)
+    (dir / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return dir
+
+
+def logits(net):
+    with torch.no_grad():
+        return net(input_ids=TOKENS, attention_mask=MASK.long()).logits
+
+
+def close(ours, theirs, atol=1e-4):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= atol
+
+
+def random_phi(net, p=PROMPT):
+    """phi as wide as the embeddings, which in OPT-350m are narrower than the model."""
+    return torch.randn(p, net.get_input_embeddings().embedding_dim, generator=torch.Generator().manual_seed(2))
+
+
+# ----------------------------------------------------------------------------------------- the forward pass
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_transformers_at_every_position_from_every_file_form(kind, form, tmp_path):
+    net = peer(kind)
+    ours = model.load_model(write(net, tmp_path, form), "fp32")
+    assert ("index" in " ".join(f.name for f in tmp_path.iterdir())) == ("sharded" in form)
+    close(ours(TOKENS)[MASK], logits(net)[MASK])
+    close(ours(TOKENS, ANSWER), logits(net)[range(4), ANSWER])
+
+
+def as_transformers_4(net, dir):
+    net.config.save_pretrained(dir)
+    raw = json.loads((dir / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    raw |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "torch_dtype": "float16", "pretraining_tp": 1}
+    del raw["head_dim"], raw["attention_bias"], raw["mlp_bias"], raw["num_key_value_heads"]
+    (dir / "config.json").write_text(json.dumps(raw))
+    state = net.state_dict()
+    torch.save({**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, dir / "pytorch_model.bin")
+
+
+def as_bin(net, dir, without="", cut="", dtype=torch.float32):
+    """Writes the model without one tensor, with the names cut in front, in another dtype, to which it is rounded too."""
+    state = {n: w.copy_(w.to(dtype)).to(dtype) for n, w in net.state_dict().items()}
+    write(net, dir, "bin", {n.removeprefix(cut): w for n, w in state.items() if n != without})
+
+
+PUBLISHED = {
+    "config and inv_freq of transformers 4": ("llama theta", as_transformers_4),
+    "no model. in front": ("opt", lambda net, dir: as_bin(net, dir, "lm_head.weight", cut="model.")),
+    "opt-350m, no model. in front": ("opt post-norm", lambda net, dir: as_bin(net, dir, "lm_head.weight", cut="model.")),
+    "opt, only lm_head": ("opt", lambda net, dir: as_bin(net, dir, "model.decoder.embed_tokens.weight")),
+    "llama, only lm_head": ("llama tied", lambda net, dir: as_bin(net, dir, "model.embed_tokens.weight")),
+    "llama, only embed_tokens": ("llama tied", lambda net, dir: as_bin(net, dir, "lm_head.weight")),
+    "half precision": ("llama", lambda net, dir: as_bin(net, dir, dtype=torch.float16)),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_files_as_they_are_really_published_load(case, tmp_path):
+    kind, write_it = PUBLISHED[case]
+    net = peer(kind)
+    write_it(net, tmp_path)
+    close(model.load_model(tmp_path, "fp32")(TOKENS)[MASK], logits(net)[MASK])
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("kind, change, named", [
+    ("llama", {Q: None}, "layers.1.self_attn.q_proj.weight"),
+    ("llama", {"lm_head.weight": None}, "lm_head.weight"),
+    ("llama", {"model.norm.weight": None}, "norm.weight"),
+    ("opt", {"model.decoder.embed_positions.weight": None}, "embed_positions.weight"),
+    ("opt post-norm", {"model.decoder.project_in.weight": None}, "project_in.weight"),
+    ("opt", {"model.decoder.embed_tokens.weight": None, "lm_head.weight": None}, "embed_tokens.weight"),
+    ("llama", {"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)}, "layers.1.self_attn.q_proj.bias"),
+    ("llama", {"model.layers.2.mlp.up_proj.weight": torch.zeros(112, 64)}, "layers.2.mlp.up_proj.weight"),
+    ("opt", {"score.weight": torch.zeros(2, 64)}, "score.weight"),
+    ("llama", {Q: torch.zeros(64, 63)}, "layers.1.self_attn.q_proj.weight"),
+    ("llama gqa", {"model.layers.0.self_attn.k_proj.weight": torch.zeros(64, 64)}, "layers.0.self_attn.k_proj.weight"),
+    ("opt", {"model.decoder.layers.0.fc1.bias": torch.zeros(64)}, "layers.0.fc1.bias"),
+    ("llama", {Q: torch.zeros(64, 64, dtype=torch.int8)}, "layers.1.self_attn.q_proj.weight")])
+@pytest.mark.parametrize("weights", ["fp32", "nf4"])
+def test_any_other_wrong_tensor_is_named_in_one_line(kind, change, named, weights, tmp_path):
+    net = peer(kind)
+    state = {n: w for n, w in {**net.state_dict(), **change}.items() if w is not None}
+    with pytest.raises(ValueError) as e:
+        model.load_model(write(net, tmp_path, "bin", state), weights)
+    assert named in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind, key, value", [
+    ("llama", "model_type", "mistral"), ("llama", "hidden_act", "gelu"), ("llama", "attention_bias", True),
+    ("llama", "mlp_bias", True), ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
+    ("llama", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}),
+    ("llama", "rope_parameters", {"type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    ("llama", "quantization_config", {"load_in_4bit": True}), ("opt", "quantization_config", {"bits": 4}),
+    ("opt", "activation_function", "gelu"), ("opt", "enable_bias", False), ("opt", "_remove_final_layer_norm", True),
+    ("opt", "layer_norm_elementwise_affine", False)])
+def test_a_config_that_asks_for_more_is_refused_by_name(kind, key, value, tmp_path):
+    write(peer(kind), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, key: value}))
+    with pytest.raises(ValueError, match=key) as e:
+        model.load_model(tmp_path, "fp32")
+    assert "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------------------------------------ soft prompt
+
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_shared_prompt_keys_and_values_equal_prepending_forward_and_gradient(kind, tmp_path):
+    net = peer(kind)
+    ours = model.load_model(write(net, tmp_path), "fp32")
+    one, two = random_phi(net).requires_grad_(), random_phi(net).requires_grad_()
+    shared = ours(TOKENS, ANSWER, soft_prompt.prompt_kv(ours, one))
+    prepended = ours(soft_prompt.prepend(two, ours.embed_tokens(TOKENS)), ANSWER + PROMPT)
+    close(shared, prepended)
+    weight = torch.randn(shared.shape)
+    (shared * weight).sum().backward()
+    (prepended * weight).sum().backward()
+    assert two.grad.abs().max() > 0.01
+    close(one.grad, two.grad, atol=1e-5 * two.grad.abs().max())
+
+
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_peft_loads_our_prompt_and_computes_our_logits(kind, tmp_path):
+    peft, net = need("peft"), peer(kind)
+    ours = model.load_model(write(net, tmp_path / "lm"), "fp32")
+    encoder = soft_prompt.PromptEncoder(PROMPT, random_phi(net).shape[1], hidden=16)
+    torch.nn.init.normal_(encoder.mlp_head[-1].weight)
+    phi = encoder().detach()
+    soft_prompt.save_prompt(phi, tmp_path / "prompt", encoder, tmp_path / "lm")
+    theirs = logits(peft.PeftModel.from_pretrained(net, tmp_path / "prompt"))[:, PROMPT:]
+    close(ours(TOKENS, prefix=soft_prompt.prompt_kv(ours, phi))[MASK], theirs[MASK])
+    close(soft_prompt.load_prompt(tmp_path / "prompt"), phi, atol=0)
+    close(soft_prompt.load_encoder(tmp_path / "prompt")(), phi, atol=0)
+
+
+@pytest.mark.parametrize("method", ["PromptEncoderConfig", "PromptTuningConfig"])
+@pytest.mark.parametrize("kind", PROMPTED)
+def test_we_load_peft_prompts_and_compute_peft_logits(kind, method, tmp_path):
+    peft, net = need("peft"), peer(kind)
+    ours, D = model.load_model(write(net, tmp_path / "lm"), "fp32"), random_phi(net).shape[1]
+    config = getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT, token_dim=D)
+    theirs = peft.get_peft_model(net, config)
+    torch.manual_seed(3)
+    for w in theirs.prompt_encoder.parameters():
+        w.data += torch.randn_like(w) * 0.3
+    theirs.eval().save_pretrained(tmp_path / "prompt")
+    phi = soft_prompt.load_prompt(tmp_path / "prompt", D)
+    close(ours(TOKENS, prefix=soft_prompt.prompt_kv(ours, phi))[MASK], logits(theirs)[:, PROMPT:][MASK])
+
+
+# ------------------------------------------------------------------------------------------------------- LoRA
+
+def random_lora(net, targets, **options):
+    """A transformers model -> PEFT's, with random A and B."""
+    peft = need("peft")
+    net = peft.get_peft_model(net, peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, lora_dropout=0.1,
+                                                   target_modules=targets, **options))
+    for name, w in net.named_parameters():
+        if "lora_" in name:
+            w.data = 0.2 * torch.randn_like(w)
+    return net.eval()
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all",), ("k_proj", "up_proj", "fc2")])
+@pytest.mark.parametrize("kind", ["llama gqa", "opt", "opt post-norm"])
+def test_peft_loads_our_adapter_and_computes_our_logits(kind, targets, tmp_path):
+    peft, net = need("peft"), peer(kind)
+    ours = model.load_model(write(net, tmp_path / "lm"), "fp32")
+    for w in lora.add_lora(ours, rank=4, alpha=6, targets=targets):
+        torch.nn.init.normal_(w, std=0.2)
+    lora.save_adapter(ours, tmp_path / "adapter", tmp_path / "lm")
+    assert (ours(TOKENS) - logits(net)).abs().max() > 0.1
+    close(ours(TOKENS)[MASK], logits(peft.PeftModel.from_pretrained(net, tmp_path / "adapter"))[MASK])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, targets", [
+    ("llama gqa", ["q_proj", "v_proj"]), ("llama", "all-linear"), ("llama", ["down_proj", "lm_head"]),
+    ("llama tied", r".*layers\.1\..*gate_proj"), ("opt", "all-linear"),
+    ("opt post-norm", ["project_in", "fc1", "out_proj"])])
+def test_we_load_peft_adapters_and_compute_peft_logits(kind, targets, dtype, tmp_path):
+    net = peer(kind)
+    ours = model.load_model(write(net, tmp_path / "lm"), "fp32")
+    theirs = random_lora(net, targets)
+    for name, w in theirs.named_parameters():  # what the file's dtype cannot hold is rounded on both sides
+        if "lora_" in name:
+            w.data = w.data.to(dtype).float()
+    theirs.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({n: w.to(dtype) for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    params = lora.load_adapter(ours, tmp_path / "a")
+    assert sum(w.numel() for w in params) == sum(w.numel() for n, w in theirs.named_parameters() if "lora_" in n)
+    assert all(w.dtype == torch.float32 and w.requires_grad for w in params)
+    close(ours(TOKENS)[MASK], logits(theirs)[MASK])
+    lora.save_adapter(ours, tmp_path / "b")
+    again, first = load_file(tmp_path / "b" / "adapter_model.safetensors"), load_file(file)
+    assert again.keys() == {n for n in first if "lora_" in n}  # PEFT adds a copy of a head that is a target
+    assert all(torch.equal(w, first[n].float()) for n, w in again.items())
+
+
+@pytest.mark.parametrize("option, value", [
+    ("use_rslora", True), ("use_dora", True), ("bias", "lora_only"), ("rank_pattern", {"q_proj": 2}),
+    ("alpha_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]), ("fan_in_fan_out", True), ("lora_bias", True),
+    ("init_lora_weights", "pissa"), ("peft_type", "LOHA"), ("trainable_token_indices", [1]),
+    ("layer_replication", [[0, 2]])])
+def test_adapter_options_that_are_not_implemented_are_refused_by_name(option, value, tmp_path):
+    net = peer("llama")
+    ours = model.load_model(write(net, tmp_path / "lm"), "fp32")
+    random_lora(net, ["q_proj"]).save_pretrained(tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), option: value}))
+    with pytest.raises(ValueError, match=option) as e:
+        lora.load_adapter(ours, tmp_path / "a")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["llama gqa", "opt post-norm"])
+def test_merged_lora_computes_the_same_logits_and_so_does_its_export_in_transformers(kind, tmp_path):
+    net = peer(kind)
+    ours = model.load_model(write(net, tmp_path / "lm"), "nf4")
+    for w in lora.add_lora(ours, rank=4, alpha=6):
+        torch.nn.init.normal_(w, std=0.2)
+    before = ours(TOKENS)
+    assert (before - logits(net)).abs().max() > 0.1
+    model.save_model(lora.merge_lora(ours), tmp_path / "base")
+    close(ours(TOKENS), before)
+    exported = need("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    close(logits(exported)[MASK], before[MASK])
+    close(model.load_model(tmp_path / "base", "fp32")(TOKENS), before)
+
+
+# -------------------------------------------------------------------------------------------------------- NF4
+
+def weight_matrix(i):
+    """The i-th of 100 matrices: real-looking, with ties at the midpoints, with blocks of zeros; sizes odd and even."""
+    g = torch.Generator().manual_seed(i)
+    rows, columns = (int(n) for n in torch.randint(1, 90, (2,), generator=g))
+    w = torch.randn(rows, columns, generator=g) * 10.0 ** (i % 9 - 5)
+    if i % 4 == 1:  # 1.0 in each block makes absmax 1, so that the midpoints themselves are ties
+        flat = torch.cat([model.NF4, model.MIDPOINTS])[torch.randint(31, (w.numel(),), generator=g)]
+        flat[::64] = 1.0
+        w = flat.view(rows, columns) * (2.0 ** (i % 7 - 3) if i % 8 == 1 else 0.1 + torch.rand(1, generator=g))
+    if i % 4 == 2:
+        w.view(-1)[w.numel() // 3:w.numel() // 3 + 150] = 0
+    return w.to((torch.float32, torch.bfloat16, torch.float16)[i % 3])
+
+
+def bitsandbytes_nf4(w, dtype=torch.float32):
+    """-> bitsandbytes' packed bytes and absmax for w, and what it makes of them again.
+
+    It unpacks w as one long row: for rows of, say, 80 values its CPU kernel takes the scales of the wrong blocks.
+    """
+    bnb = need("bitsandbytes").functional
+    packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=False)
+    state.shape, state.dtype = (w.numel(),), dtype
+    with torch.compiler.set_stance("force_eager"):  # or it compiles its fallback anew for each odd shape
+        return packed.view(-1), state.absmax, bnb.dequantize_4bit(packed, state).view(w.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_equals_bitsandbytes_bit_for_bit(dtype):
+    for i in range(100):
+        w = weight_matrix(i)
+        packed, absmax = model.quantize_nf4(w)
+        dense = model.dequantize_nf4(packed, absmax, w.shape, dtype)
+        for ours, theirs in zip((packed, absmax, dense), bitsandbytes_nf4(w, dtype)):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), f"matrix {i}, {tuple(w.shape)}, {w.dtype}"
+
+
+def four_bit_linear(w, bias=None):
+    layer = model.Linear4bit(w.shape[1], w.shape[0], bias is not None)
+    layer.packed, layer.absmax = model.quantize_nf4(w)
+    if bias is not None:
+        layer.bias.data = bias
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 128), (33, 57)])
+def test_4bit_forward_and_gradient_equal_those_of_bitsandbytes_dequantised_weights(shape):
+    w, bias, x = torch.randn(shape), torch.randn(shape[0]), torch.randn(3, 5, shape[1])
+    dense = bitsandbytes_nf4(w)[2]
+    one, two, up = x.clone().requires_grad_(), x.clone().requires_grad_(), torch.randn(3, 5, shape[0])
+    ours, theirs = four_bit_linear(w, bias)(one), F.linear(two, dense, bias)
+    close(ours, theirs, 1e-5)
+    ours.backward(up)
+    theirs.backward(up)
+    close(one.grad, two.grad, 1e-5)
+
+
+def test_a_4bit_model_computes_what_transformers_does_with_bitsandbytes_dequantised_weights(tmp_path):
+    net = peer("opt post-norm")
+    ours = model.load_model(write(net, tmp_path), "nf4")
+    for name, layer in net.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            layer.weight.data = bitsandbytes_nf4(layer.weight.data)[2]
+    close(ours(TOKENS)[MASK], logits(net)[MASK])
+
+
+def test_autograd_keeps_no_dense_copy_of_a_4bit_weight(tmp_path):
+    ours = model.load_model(write(peer("llama"), tmp_path), "nf4")
+    known, kept = {w.data_ptr() for w in ours.parameters()}, []
+    phi = torch.randn(2, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = ours(TOKENS[:1, :3], prefix=soft_prompt.prompt_kv(ours, phi)).square().sum()
+    assert any(t.dtype == torch.uint8 for t in kept)
+    assert max(t.numel() for t in kept if t.is_floating_point() and t.data_ptr() not in known) < 64 * 64
+    loss.backward()
+    assert phi.grad.abs().sum() > 0 and all(w.grad is None for w in ours.parameters())
+
+
+# -------------------------------------------------------------------------------------------------- tokenizers
+
+def odd_texts(n):
+    rng = random.Random(0)
+    pools = ["abc XYZ 0123", "éüñçÅßœ", "漢字かな한국", "😀👩‍👩‍👧🏳️‍🌈", "½²³①Ⅻ٣", "\x00\x01\x1b\x1c\x1f\x7f\x85\xa0",
+             "  \n\n\t\r \u3000\u2009", "'s't're'll'd\"", "\u0301\u200d\ufeff\u2581ﬁ", "### Text: "]
+    texts = ["", " ", "  ", " a", "a ", "\n", "\n\n", " \n x", "5½", "stars²", "a  b   c    d", "it 's n't\n\n\n### Text:"]
+    texts += ["".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 30))) for _ in range(n // 2)]
+    planes = [0x300, 0x3000, 0x110000]  # and any characters at all, but for surrogates
+    return texts + ["".join(chr(c) for c in (rng.randrange(rng.choice(planes)) for _ in range(rng.randint(1, 12)))
+                            if not 0xd800 <= c < 0xe000) for _ in range(n // 2)]
+
+
+def llama_reference(dir):
+    """transformers' tokenizer as LLaMA-2's published tokenizer.json makes it, with merges in the order of the scores.
+
+    (From tokenizer.model alone transformers 5.23 forgets the scores: it then joins the two spaces of "a  b" first.)
+    """
+    hf, base = need("transformers"), pytest.importorskip("transformers.tokenization_utils_base")
+    pieces = data.load_tokenizer(dir).pieces
+    ids = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    merges = base.generate_merges(ids, {piece: pieces.get_score(i) for piece, i in ids.items()})
+    return hf.LlamaTokenizer(vocab=ids, merges=merges, add_bos_token=True)
+
+
+def opt_reference(dir):
+    return need("transformers").GPT2Tokenizer(
+        vocab=str(dir / "vocab.json"), merges=str(dir / "merges.txt"), add_bos_token=True,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>"))
+
+
+@pytest.mark.parametrize("name, reference", [("llama", llama_reference), ("opt", opt_reference)])
+def test_tokenizers_give_the_ids_of_transformers(name, reference):
+    dir, dev = SHARED / "tokenizers" / name, SHARED / "data" / "sst2" / "dev.tsv"
+    if not dir.is_dir() or not dev.is_file():
+        pytest.skip("the tokenizers of LLaMA and OPT lie in ../shared, which is not there")
+    theirs, ours = reference(dir), data.load_tokenizer(dir)
+    phrases = [line.split("\t")[0] for line in dev.read_text(encoding="utf-8").splitlines()[1:]]
+    texts = phrases + odd_texts(2000)
+    assert len(phrases) == 872 and len(texts) > 2800
+    wrong = [(t, ours.encode(t), theirs(t).input_ids) for t in texts if ours.encode(t) != theirs(t).input_ids]
+    assert not wrong, f"{len(wrong)} of {len(texts)}, first: {wrong[0]}"
+    assert ours.encode("")[0] == {"llama": 1, "opt": 2}[name]
+
+
+# ------------------------------------------------------------------------------------------------------- sizes
+
+SHAPES = {
+    "opt-1.3b": dict(model_type="opt", vocab_size=50272, hidden_size=2048, ffn_dim=8192, num_hidden_layers=24,
+                     num_attention_heads=32, word_embed_proj_dim=2048, max_position_embeddings=2048),
+    "llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                       num_hidden_layers=32, num_attention_heads=32, rms_norm_eps=1e-5),
+    "llama-2-13b": dict(model_type="llama", vocab_size=32000, hidden_size=5120, intermediate_size=13824,
+                        num_hidden_layers=40, num_attention_heads=40, rms_norm_eps=1e-5)}
+
+
+def meta_model(name, dir):
+    (dir / "config.json").write_text(json.dumps(SHAPES[name]))
+    with torch.device("meta"):
+        return model.build(model.read_config(dir))
+
+
+@pytest.mark.parametrize("name, prompt, adapter", [
+    ("opt-1.3b", 604_416, 3_145_728), ("llama-2-7b", 1_192_192, 8_388_608), ("llama-2-13b", 1_486_080, 13_107_200)])
+def test_trainable_parameters_are_as_many_as_the_paper_counts(name, prompt, adapter, tmp_path):
+    net = meta_model(name, tmp_path)
+    encoder = soft_prompt.PromptEncoder(30, net.config.hidden_size)
+    assert sum(w.numel() for w in encoder.parameters()) == prompt
+    assert sum(w.numel() for w in lora.add_lora(net, rank=16, targets=("q_proj", "v_proj"))) == adapter
+
+
+def write_random_checkpoint(net, dir, shards=3):
+    """fp16 safetensors of a meta model's shapes, written piece by piece: no more than 32 MB are ever held."""
+    pool = (0.02 * torch.randn(2 ** 24)).half().numpy().tobytes()
+    shapes = [(n if n.startswith("lm_head") else net.file_prefix + n, w) for n, w in net.named_parameters()]
+    shapes = [(n, list(w.shape), 2 * w.numel()) for n, w in shapes]
+    total, done, parts, where = sum(size for *_, size in shapes), 0, [{} for _ in range(shards)], {}
+    for name, shape, size in shapes:
+        part = parts[min(done * shards // total, shards - 1)]
+        start = max((entry["data_offsets"][1] for entry in part.values()), default=0)
+        part[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, start + size]}
+        done += size
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05}-of-{shards:05}.safetensors"
+        where |= dict.fromkeys(part, file)
+        header = json.dumps(part).encode()
+        header += b" " * (-len(header) % 8)
+        with open(dir / file, "wb") as f:
+            f.write(len(header).to_bytes(8, "little") + header)
+            for entry in part.values():
+                left = entry["data_offsets"][1] - entry["data_offsets"][0]
+                while left:
+                    left -= f.write(pool[:left])
+    (dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+LOAD_AND_STEP = """
+import json, resource, sys, time
+import torch, torch.nn.functional as F
+from model import load_model
+from soft_prompt import PromptEncoder, prompt_kv
+
+def peak():  # GB; Linux counts in units of 1,024 bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+start = time.time()
+net = load_model(sys.argv[1], "nf4")
+report = {"load_seconds": time.time() - start, "load_peak_gb": peak()}
+torch.manual_seed(0)
+encoder = PromptEncoder(30, net.config.hidden_size)
+tokens, end = torch.randint(3, 30000, (2, 64)), torch.tensor([63, 40])
+start = time.time()
+with torch.no_grad():
+    base = net(tokens, end).log_softmax(-1)
+logp = net(tokens, end, prompt_kv(net, encoder())).log_softmax(-1)
+loss = F.nll_loss(logp, tokens[:, 0]) + F.kl_div(base, logp, reduction="batchmean", log_target=True)
+loss.backward()
+grad = sum(w.grad.norm().item() for w in encoder.parameters())
+report |= {"step_seconds": time.time() - start, "step_peak_gb": peak(), "loss": loss.item(), "grad": grad}
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("SPUL_BIG"), reason="writes 14 GB and takes minutes; set SPUL_BIG=1 to run it")
+@pytest.mark.parametrize("name, load_gb, step_gb", [("opt-1.3b", 5.0, 9.0), ("llama-2-7b", 5.0, 9.0)])
+def test_big_checkpoints_load_and_train_a_prompt_in_little_memory(name, load_gb, step_gb, tmp_path):
+    try:
+        write_random_checkpoint(meta_model(name, tmp_path), tmp_path)
+        run = subprocess.run([sys.executable, "-c", LOAD_AND_STEP, tmp_path], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        print(name, run.stdout)
+        report = json.loads(run.stdout)
+    finally:
+        for file in tmp_path.glob("*.safetensors"):
+            file.unlink()
+    assert report["load_peak_gb"] <= load_gb and report["step_peak_gb"] <= step_gb
+    assert 0 < report["loss"] < 100 and report["grad"] > 0
+
+
+# -------------------------------------------------------------------------------------------------------- datasets
+
+def write_files(directory, **files):
+    """write_files(dir, train_tsv='...') -> dir/train.tsv; bytes or text."""
+    for name, content in files.items():
+        stem, suffix = name.rsplit("_", 1)
+        content = content.encode() if isinstance(content, str) else content
+        (directory / f"{stem.replace('__', '-')}.{suffix}").write_bytes(content)
+    return directory
+
+
+# ---------------------------------------------------------------- SST-2
+
+@functools.cache
+def sst2(seed=0):
+    return data.load_splits("sst2", shared("sst2"), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sst2_splits_have_the_counts_of_table_1(seed):
+    splits = sst2(seed)
+    n = {split: len(splits[split]) for split in data.SPLITS}
+    assert n["train_retain"] + n["train_forget"] == 47_756
+    assert n["test_retain"] + n["test_forget"] == 20_465
+    assert abs(n["train_forget"] - 1_425) <= 142 and abs(n["test_forget"] - 610) <= 61
+
+
+def test_sst2_labels_and_texts_are_those_of_the_files():
+    splits = sst2(1)
+    pooled = sorted(example for split in data.SPLITS for example in splits[split])
+    rows = [line.split("\t") for part in ("train", "dev")
+            for line in (shared("sst2") / f"{part}.tsv").read_text("utf-8").split("\n")[1:-1]]
+    assert pooled == sorted(data.Example(text.strip(), "positive" if label == "1" else "negative") for text, label in rows)
+
+
+def test_the_forget_set_is_every_phrase_that_names_a_chosen_person_and_no_other():
+    splits = sst2()
+    for person in ("woody allen", "jackie chan", "steven spielberg"):
+        assert not any(person in example.text for part in ("train", "test") for example in splits[f"{part}_retain"])
+        assert any(person in example.text for example in splits["train_forget"])
+
+
+def test_the_persons_of_sst2_are_persons_and_not_words_that_follow_a_name():
+    splits = sst2()
+    texts = [example.text for split in data.SPLITS for example in splits[split]]
+    surnames = {person.split()[-1] for person in data.find_persons(texts)}
+    assert {"allen", "chan", "spielberg", "scorsese", "eastwood"} <= surnames
+    assert not surnames & {"film", "movie", "will", "is", "shoots", "became", "enormously", "green", "bond"}
+
+
+REVIEWS = ["woody allen 's best", "woody allen is old", "by woody allen", "allen 's film", "mike shoots himself",
+           "mike shoots", "then mike shoots", "james bond 's car", "james bond 's gun", "james bond 's hat",
+           "tim film 's", "tim film 's", "tim film 's", *["a film"] * 3, "no name here"]
+
+
+def test_a_surname_takes_a_given_name_a_possessive_and_no_article():
+    assert data.find_persons(REVIEWS) == {"woody allen": {0, 1, 2, 3}}
+
+
+def test_a_surname_alone_counts_for_its_bearer_but_not_after_another_given_name():
+    persons = data.find_persons([*REVIEWS, "with allen again", "tim allen"])
+    assert persons == {"woody allen": {0, 1, 2, 3, len(REVIEWS)}, "tim allen": {len(REVIEWS) + 1}}
+
+
+def test_a_surname_that_is_mostly_another_word_names_nobody():
+    assert "woody allen" not in data.find_persons([*REVIEWS, *["the key is allen key"] * 8])
+
+
+def test_choose_persons_never_exceeds_the_size_asked_for():
+    persons = {"a b": {1, 2, 3}, "c d": {3, 4, 5}, "e f": {6}}
+    assert list(data.choose_persons(persons, 4)) == ["a b", "e f"]
+
+
+# ---------------------------------------------------------------- the seed, the fraction and the limits
+
+def own(directory, n_train=200, n_test=40):
+    splits = {split: [data.Example(f"{split} text {i}", "good" if i % 2 else "bad")
+                      for i in range((n_train if "train" in split else n_test) // (1 if "retain" in split else 4))]
+              for split in data.SPLITS}
+    data.save_splits(splits, directory)
+    return splits
+
+
+def test_the_same_seed_gives_the_same_splits_and_another_seed_others():
+    first, again, other = (data.load_splits("sst2", shared("sst2"), seed=seed, max_train=900) for seed in (3, 3, 4))
+    assert first == again and first["test_forget"] != other["test_forget"]
+
+
+def test_a_smaller_forget_fraction_keeps_a_part_of_the_larger_one_and_changes_nothing_else(tmp_path):
+    own(tmp_path)
+    whole, half, quarter = (data.load_splits("splits", tmp_path, seed=1, forget_fraction=f) for f in (1.0, 0.5, 0.25))
+    assert [len(s["train_forget"]) for s in (whole, half, quarter)] == [50, 25, 12]
+    assert set(quarter["train_forget"]) < set(half["train_forget"]) < set(whole["train_forget"])
+    for split in ("train_retain", "test_retain", "test_forget"):
+        assert whole[split] == half[split] == quarter[split]
+
+
+def test_limits_sample_forget_and_retain_alike(tmp_path):
+    own(tmp_path)
+    splits = data.load_splits("splits", tmp_path, max_train=125, max_test=25)
+    assert len(splits["train_retain"] + splits["train_forget"]) == 125
+    assert len(splits["test_retain"] + splits["test_forget"]) == 25
+    assert 10 <= len(splits["train_forget"]) <= 40
+
+
+@pytest.mark.parametrize("wrong", [{"forget_fraction": 0.0}, {"forget_fraction": 1.5}, {"max_train": 0}])
+def test_a_fraction_or_limit_out_of_range_is_refused(tmp_path, wrong):
+    own(tmp_path)
+    with pytest.raises(ValueError, match="expected above 0"):
+        data.load_splits("splits", tmp_path, **wrong)
+
+
+# ---------------------------------------------------------------- one's own splits
+
+def test_saved_splits_come_back_as_they_were(tmp_path):
+    odd = [data.Example('say "no",\n\ttwice \u2028 and \x85', "good"), data.Example(" 5½ 星 🙂 \\n ", "bad")]
+    data.save_splits(dict.fromkeys(data.SPLITS, odd), tmp_path / "new" / "dir")
+    splits = data.load_splits("splits", tmp_path / "new" / "dir")
+    assert all(sorted(splits[split]) == sorted(odd) for split in data.SPLITS)
+    assert sorted(os.listdir(tmp_path / "new" / "dir")) == sorted(f"{split}.jsonl" for split in data.SPLITS)
+
+
+def test_a_save_that_fails_leaves_the_old_splits_and_no_litter(tmp_path):
+    before = own(tmp_path)
+    with pytest.raises(TypeError):
+        data.save_splits({**before, "test_forget": [data.Example("text", object())]}, tmp_path)
+    assert {split: sorted(v) for split, v in data.load_splits("splits", tmp_path).items()} == {
+        split: sorted(v) for split, v in before.items()}
+    assert len(os.listdir(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_own_splits_are_read_from_every_suffix(tmp_path, suffix):
+    rows = [{"text": "one, two", "label": "good"}, {"text": 'three "four"', "label": "bad"}]
+    for split in data.SPLITS:
+        path = tmp_path / f"{split}.{suffix}"
+        if suffix == "csv":
+            with open(path, "w", newline="") as file:
+                csv.writer(file).writerows([("text", "label"), *(row.values() for row in rows)])
+        elif suffix == "tsv":
+            path.write_text("label\ttext\r\n" + "".join(f"{r['label']}\t{r['text']}\r\n" for r in rows))
+        elif suffix == "parquet":
+            arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+            parquet.write_table(arrow.Table.from_pylist(rows), path)
+        else:
+            path.write_text(json.dumps(rows, indent=1) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    splits = data.load_splits("splits", tmp_path)
+    assert sorted(splits["test_forget"]) == sorted(data.Example(**row) for row in rows)
+
+
+def test_parquet_without_pyarrow_is_one_line_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="needs pyarrow"):
+        data.read_rows(write_files(tmp_path, a_parquet="x") / "a.parquet", ("text",))
+
+
+# ---------------------------------------------------------------- Yelp, WMDP and SciQ
+
+@pytest.fixture(scope="module")
+def yelp(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("yelp")
+    for part in ("train", "test"):
+        (directory / f"{part}.csv").write_bytes(shared(f"samples/yelp-{part}.csv").read_bytes())
+    return directory
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tenth_of_yelp_is_forgotten_by_whole_clusters(yelp, seed):
+    notes = []
+    splits = data.load_splits("yelp", yelp, seed=seed, notes=notes)
+    assert len(splits["train_retain"] + splits["train_forget"]) == 400
+    assert 20 <= len(splits["train_forget"]) <= 60
+    forgotten = [line.split() for line in notes if line.startswith("forget")]
+    assert sum(int(words[1]) for words in forgotten) == len(splits["train_forget"])
+    assert sum(int(words[2]) for words in forgotten) == len(splits["test_forget"])
+    assert splits == data.load_splits("yelp", yelp, seed=seed)
+
+
+def test_yelp_clusters_read_as_topics(yelp):
+    notes = []
+    data.load_splits("yelp", yelp, notes=notes)
+    assert any({"sushi", "roll"} <= set(line.split()) for line in notes)
+    assert any({"tacos", "shrimp"} <= set(line.split()) for line in notes)
+    assert not any({"delicious", "terrible"} & set(line.split()) for line in notes)
+
+
+def test_yelp_newlines_and_doubled_quotes_are_decoded(tmp_path):
+    path = write_files(tmp_path, train_csv='"1","a ""b""\\nc"\n"2","d, e"\n') / "train.csv"
+    examples = data.read_yelp(path, 9, data.generator(0, ""))
+    assert sorted(examples) == [data.Example('a "b"\nc', "negative"), data.Example("d, e", "positive")]
+
+
+def test_the_same_centres_split_the_yelp_test_reviews(yelp):
+    texts = [row["text"] for _, row in data.read_rows(yelp / "train.csv", ("label", "text"), header=False)]
+    of_train, of_test, _ = data.embed_and_cluster(texts, texts[:50], 12, seed=0)
+    assert np.array_equal(of_train[:50], of_test)
+
+
+def quiz(directory, n_wmdp=1273):
+    """A WMDP and SciQ directory whose right options all end in '!'."""
+    wmdp = [{"question": f"w{i}?", "choices": [f"{j}{'!' if j == i % 4 else ''}" for j in range(4)], "answer": i % 4}
+            for i in range(n_wmdp)]
+    sciq = [{"question": f"s{i}?", "correct_answer": "c!", "distractor1": "x", "distractor2": "y", "distractor3": "z"}
+            for i in range(30)]
+    return write_files(directory, wmdp__bio_jsonl="\n".join(map(json.dumps, wmdp)), train_json=json.dumps(sciq),
+                 valid_json=json.dumps(sciq[:5]), test_json=json.dumps(sciq[:7]))
+
+
+def test_wmdp_is_forgotten_900_to_373_and_sciq_retained(tmp_path):
+    splits = data.load_splits("wmdp+sciq", quiz(tmp_path))
+    assert [len(splits[split]) for split in data.SPLITS] == [35, 900, 7, 373]
+    for split in data.SPLITS:
+        assert all(example.text.startswith("w" if "forget" in split else "s") for example in splits[split])
+
+
+def test_the_label_is_the_right_options_letter_after_shuffling(tmp_path):
+    splits = data.load_splits("wmdp+sciq", quiz(tmp_path), seed=2)
+    for split in data.SPLITS:
+        for text, label in splits[split]:
+            lines = text.split("\n")
+            assert [line[:3] for line in lines[1:]] == ["A. ", "B. ", "C. ", "D. "]
+            assert [line[0] for line in lines[1:] if line.endswith("!")] == [label]
+    assert {label for _, label in splits["train_retain"]} == set("ABCD")
+
+
+def test_wmdp_and_sciq_samples_are_read(tmp_path):
+    for part in ("train", "valid", "test"):
+        (tmp_path / f"{part}.json").write_bytes(shared(f"samples/sciq-{part}.json").read_bytes())
+    (tmp_path / "wmdp-bio.jsonl").write_bytes(shared("samples/wmdp-format.jsonl").read_bytes())
+    splits = data.load_splits("wmdp+sciq", tmp_path)
+    assert [len(splits[split]) for split in data.SPLITS] == [250, 42, 50, 18]
+    assert splits == data.load_splits("wmdp+sciq", tmp_path) != data.load_splits("wmdp+sciq", tmp_path, seed=1)
+
+
+# ---------------------------------------------------------------- malformed rows
+
+HEAD = "sentence\tlabel\n"
+GOOD = '{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}\n'
+SCIQ = '{"question": "q", "correct_answer": "1", "distractor1": "2", "distractor2": "3"'
+MALFORMED = [
+    ("sst2", {"train_tsv": HEAD + "fine\t1\nbad\t7\n"}, "train.tsv line 3: label '7' is not 0 or 1; expected GLUE's"),
+    ("sst2", {"train_tsv": HEAD + "one\ttwo\t1\n"}, "train.tsv line 2: 3 columns; expected 2, 'sentence<TAB>label'"),
+    ("sst2", {"train_tsv": HEAD + "no tab\n"}, "train.tsv line 2: 1 columns; expected 2"),
+    ("sst2", {"train_tsv": "text\tlabel\nfine\t1\n"}, "train.tsv line 1: header 'text<TAB>label'; expected 'sentence"),
+    ("sst2", {"train_tsv": HEAD + "fine\t1\n \t1\n"}, "train.tsv line 3: sentence is empty"),
+    ("sst2", {"train_tsv": HEAD.encode() + b"fine\t1\ncaf\xe9\t1\n"}, "train.tsv line 3: byte 0xe9 is not UTF-8"),
+    ("sst2", {"train_tsv": ""}, "train.tsv has no rows"),
+    ("sst2", {"train_tsv": HEAD}, "train.tsv has no rows"),
+    ("sst2", {"train_tsv": HEAD + "fine\t1\n", "dev_tsv": HEAD + "x\t2\n"}, "dev.tsv line 2: label '2'"),
+    ("sst2", {"train_tsv": HEAD + "fine\t1\n", "train_jsonl": "{}"}, "train.tsv and train.jsonl are in"),
+    ("yelp", {"train_csv": '"1","a"\n"3","b"\n'}, "train.csv line 2: label '3' is not 1 or 2; expected Yelp"),
+    ("yelp", {"train_csv": '"1","a","b"\n'}, "train.csv line 1: 3 columns; expected 2, 'label,text'"),
+    ("yelp", {"train_csv": '"1","a"\n"2","b "c" d"\n'}, "train.csv line 2: broken quotes"),
+    ("yelp", {"train_csv": '"1","a"\n"2",he said "hi"\n'}, "train.csv line 2: broken quotes"),
+    ("yelp", {"train_csv": '"1","a"\n"2","never closed\n'}, "train.csv line 2: broken quotes"),
+    ("yelp", {"train_csv": '"1","never closed\n"2","fine"\n'}, "train.csv line 1: broken quotes"),
+    ("yelp", {"train_csv": '"1","two\nlines"\n"2",""\n'}, "train.csv line 3: text is empty"),
+    ("yelp", {"train_csv": b'"1","a"\n"2","caf\xe9"\n'}, "train.csv line 2: byte 0xe9 is not UTF-8"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + GOOD.replace('"4"', '"4", "5"')}, "wmdp-bio.jsonl line 2: 5 choices"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("0}", "4}")}, "wmdp-bio.jsonl line 1: answer 4; expected a whole"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("0}", "true}")}, "line 1: answer True; expected a whole number"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace('"q"', '" "')}, "line 1: question is empty"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace('"3"', "3")}, "line 1: an option is 3; expected a string"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("choices", "options")}, "line 1: keys question, options, answer"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace('["1", "2", "3", "4"]', '"1234"')}, "line 1: choices '1234'"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + "{'question'}\n"}, "wmdp-bio.jsonl line 2: not JSON"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + "[1]\n"}, "wmdp-bio.jsonl line 2: [1]; expected an object"),
+    ("wmdp+sciq", {"wmdp__bio_json": GOOD}, "wmdp-bio.json line 1: a JSON dict; expected a list of objects"),
+    ("wmdp+sciq", {"wmdp__bio_json": "\n[" + GOOD + ",\n\n" + GOOD.replace("0}", "9}") + "]"}, "json line 5: answer 9"),
+    ("wmdp+sciq", {"wmdp__bio_json": "[" + GOOD + ",\nx]"}, "wmdp-bio.json line 3: not JSON"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD, "train_json": f"[{SCIQ}}}]"}, "train.json line 1: keys question"),
+    ("splits", {"train_retain_jsonl": '{"text": "a", "label": 1}'}, "train_retain.jsonl line 1: label is 1"),
+    ("splits", {"train_retain_jsonl": '{"text": "\\ud800", "label": "x"}'}, "line 1: text is not valid Unicode"),
+    ("splits", {"train_retain_csv": "text,label\na,b,c\n"}, "train_retain.csv line 2: 3 columns; expected 2"),
+    ("splits", {"train_retain_csv": "text,text,label\na,b,c\n"}, "train_retain.csv line 1: header 'text,text,label'"),
+    ("splits", {"train_retain_csv": "text,label\na,b\n"}, "no train_forget file in"),
+]
+
+
+@pytest.mark.parametrize("name, files, message", MALFORMED, ids=[m[:60] for _, _, m in MALFORMED])
+def test_a_malformed_row_is_named_by_file_and_line_in_one_line(tmp_path, name, files, message):
+    files = {"dev_tsv": HEAD + "fine\t1\n", **files} if name == "sst2" else files
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        data.load_splits(name, write_files(tmp_path, **files))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_directory_and_an_unknown_dataset_are_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory .*nowhere; expected one that holds train"):
+        data.load_splits("sst2", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="unknown dataset 'x'; expected one of toy, sst2"):
+        data.load_splits("x", tmp_path)
+
+
+def test_an_empty_forget_set_is_refused(tmp_path):
+    files = {"train_tsv": HEAD + "fine\t1\n" * 20, "dev_tsv": HEAD + "good\t1\n" * 20}
+    with pytest.raises(ValueError, match="train_forget set is empty"):
+        data.load_splits("sst2", write_files(tmp_path, **files))
+
+
+def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_error(tmp_path):
+    write_files(tmp_path, a_tsv=b"\xef\xbb\xbfsentence\tlabel\r\nfine\t1\r\n\r\nbad\t0\r\n")
+    rows = data.read_rows(tmp_path / "a.tsv", ("sentence", "label"))
+    assert rows == [(2, {"sentence": "fine", "label": "1"}), (4, {"sentence": "bad", "label": "0"})]
+
+
+def test_quotes_in_a_tsv_are_ordinary_characters(tmp_path):
+    write_files(tmp_path, a_tsv='sentence\tlabel\n"it \'s\t1\n')
+    assert data.read_rows(tmp_path / "a.tsv", ("sentence", "label"))[0][1]["sentence"] == '"it \'s'
+
+
+# ---------------------------------------------------------------- leakage and the command
+
+def test_leakage_counts_whole_and_partial_repetitions_between_words():
+    train = [data.Example(text, "x") for text in ("a b c d e f", "same text", "over the top")]
+    test = [data.Example(text, "x") for text in ("same text", "b c d e f", "b  c", "c b", "ver the", "a b c d f", "e f g")]
+    assert data.leakage(train, test) == (1, 2)
+
+
+def test_leakage_agrees_with_a_plain_search_on_sst2():
+    splits = data.load_splits("sst2", shared("sst2"), max_train=3000, max_test=600)
+    train, test = splits["train_retain"], splits["test_retain"]
+    wholes, joined = {e.text for e in train}, "\n".join(f" {e.text} " for e in train)
+    exact = sum(e.text in wholes for e in test)
+    assert data.leakage(train, test) == (exact, sum(f" {e.text} " in joined for e in test) - exact)
+
+
+def test_the_command_prints_table_1_and_saves_the_splits(capsys, tmp_path):
+    own(tmp_path)
+    assert data.main(["--dataset", "splits", "--data-dir", str(tmp_path), "--save-splits", str(tmp_path / "s")]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0].split() == ["splits", "retain", "forget", "all"]
+    assert lines[1].split() == ["train", "200", "50", "250"] and lines[2].split() == ["test", "40", "10", "50"]
+    assert len(os.listdir(tmp_path / "s")) == 4
+
+
+def test_the_command_prints_bad_input_as_one_line_with_status_2(capsys, tmp_path):
+    assert data.main(["--dataset", "sst2", "--data-dir", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
