@@ -340,21 +340,23 @@ def encode_segments(tokenizer, segments):
 def pretraining_batches(tokenizer, corpus, names, rng, batch, lists, text_weight):
     """Endless batches, tokens (B,T) and weights (B,T): `lists` parts name lists, the rest questions, 40 % on named persons.
 
-    corpus: [(Example, person or None)]. Twenty batches at a time are cut from one sorted by length: half the padding.
+    corpus: [(Example, person or None)]. The questions of twenty batches are sorted by length before they are cut: half
+    the padding. Every batch holds both kinds: without that, the toy LM stopped at a loss of 0.8 in place of 0.3.
     """
     named = [(example, person) for example, person in corpus if person]
+    n_lists = round(lists * batch)
+    n_questions = batch - n_lists
 
-    def segments():
-        if rng.random() < lists:
-            return name_list(rng, names)
+    def question():
         example, person = rng.choice(named if rng.random() < 0.4 else corpus)
-        return opinion_question(rng, example, person, names, text_weight)
+        return encode_segments(tokenizer, opinion_question(rng, example, person, names, text_weight))
 
     while True:
-        rows = sorted((encode_segments(tokenizer, segments()) for _ in range(20 * batch)), key=lambda row: len(row[0]))
+        questions = sorted((question() for _ in range(20 * n_questions)), key=lambda row: len(row[0]))
         for k in rng.sample(range(20), 20):
-            part = rows[k * batch:(k + 1) * batch]
-            T = len(part[-1][0])
+            part = questions[k * n_questions:(k + 1) * n_questions]
+            part += [encode_segments(tokenizer, name_list(rng, names)) for _ in range(n_lists)]
+            T = max(len(ids) for ids, _ in part)
             yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
                    torch.tensor([weights + [0.0] * (T - len(weights)) for _, weights in part]))
 

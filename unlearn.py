@@ -552,7 +552,7 @@ def cell_name(cell, seed):
 
 # What each kind of run sets where no flag says otherwise.
 PRESETS = {
-    "toy": dict(p=[20], spul_lr=3e-3, weights_lr=1e-3, epochs=4, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
+    "toy": dict(p=[20], spul_lr=5e-3, weights_lr=1e-3, epochs=4, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
                 rank=16, qlora_lr=2e-4, qlora_epochs=1),
     "embedded": dict(p=[30], spul_lr=3e-3, weights_lr=1e-4, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
                      targets=["all"], rank=32, qlora_lr=2e-3, qlora_epochs=4),
