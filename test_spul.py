@@ -510,15 +510,15 @@ def peak():  # GB; Linux counts in units of 1,024 bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 start = time.time()
-net = load_model(sys.argv[1], "nf4")
+net = load_model(sys.argv[1], "nf4", dtype=torch.bfloat16)  # as QLoRA computes
 report = {"load_seconds": time.time() - start, "load_peak_gb": peak()}
 torch.manual_seed(0)
 encoder = PromptEncoder(30, net.config.hidden_size)
 tokens, end = torch.randint(3, 30000, (2, 64)), torch.tensor([63, 40])
 start = time.time()
 with torch.no_grad():
-    base = net(tokens, end).log_softmax(-1)
-logp = net(tokens, end, prompt_kv(net, encoder())).log_softmax(-1)
+    base = net(tokens, end).float().log_softmax(-1)
+logp = net(tokens, end, prompt_kv(net, encoder())).float().log_softmax(-1)
 loss = F.nll_loss(logp, tokens[:, 0]) + F.kl_div(base, logp, reduction="batchmean", log_target=True)
 loss.backward()
 grad = sum(w.grad.norm().item() for w in encoder.parameters())
@@ -872,13 +872,239 @@ def test_leakage_agrees_with_a_plain_search_on_sst2():
 
 def test_the_command_prints_table_1_and_saves_the_splits(capsys, tmp_path):
     own(tmp_path)
-    assert data.main(["--dataset", "splits", "--data-dir", str(tmp_path), "--save-splits", str(tmp_path / "s")]) == 0
+    assert data.run_cli(lambda: data.main(["--dataset", "splits", "--data-dir", str(tmp_path), "--save-splits",
+                                           str(tmp_path / "s")])) == 0
     lines = capsys.readouterr().out.split("\n")
     assert lines[0].split() == ["splits", "retain", "forget", "all"]
     assert lines[1].split() == ["train", "200", "50", "250"] and lines[2].split() == ["test", "40", "10", "50"]
     assert len(os.listdir(tmp_path / "s")) == 4
 
 
-def test_the_command_prints_bad_input_as_one_line_with_status_2(capsys, tmp_path):
-    assert data.main(["--dataset", "sst2", "--data-dir", str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+# ------------------------------------------------------------------------------------------------------ the method
+
+def test_spul_loss_is_equations_2_to_5_counted_by_hand():
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]), torch.tensor([[0.6, 0.2, 0.2]] * 3)
+    y, is_forget = torch.tensor([1, 2, 0]), torch.tensor([True, False, False])
+    loss, parts = unlearn.spul_loss(p.log() + 7, q.log(), y, is_forget, 0.5, 0.1)  # a constant changes no softmax
+    L_f, L_r = -np.log(0.25), -(np.log(0.5) + np.log(0.1)) / 2
+    L_kl = sum(p[i, k] * (p[i, k] / q[i, k]).log() for i in (1, 2) for k in range(3)) / 2
+    np.testing.assert_allclose([parts["L_f"], parts["L_r"], parts["L_kl"]], [L_f, L_r, L_kl], rtol=1e-5)
+    np.testing.assert_allclose(loss, L_f + 0.5 * L_r + 0.1 * L_kl, rtol=1e-5)
+
+
+def test_the_kl_of_the_released_code_is_the_other_direction():
+    p, q = torch.tensor([[0.95, 0.05]]), torch.tensor([[0.4, 0.6]])
+    ours, theirs = (baselines.kl_divergence(p.log(), q.log(), torch.tensor([True]), d)
+                    for d in ("prompted||base", "base||prompted"))
+    np.testing.assert_allclose([ours, theirs], [(p * (p / q).log()).sum(), (q * (q / p).log()).sum()], rtol=1e-5)
+    assert abs(ours - theirs) > 0.01
+
+
+@pytest.mark.parametrize("name", unlearn.METHODS)
+def test_a_batch_without_forget_or_without_retain_examples_gives_numbers_and_gradients(name):
+    logits, base = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7).log_softmax(-1)
+    for is_forget in (torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)):
+        loss, parts = unlearn.METHODS[name].loss(logits, base, torch.tensor([0, 1, 2, 3]), is_forget, 1.0, 1.0)
+        loss.backward()
+        assert loss.isfinite() and logits.grad.isfinite().all()
+        missing = "L_r" if is_forget.all() else "L_f"
+        assert float(parts.get(missing, 0.0)) == 0.0
+
+
+def test_ga_makes_the_true_answer_unlikelier_and_spul_makes_the_generic_one_likelier():
+    for name, sign in (("ga", -1), ("spul", 1), ("rl", 1)):
+        logits = torch.zeros(1, 5, requires_grad=True)
+        unlearn.METHODS[name].loss(logits, torch.zeros(1, 5), torch.tensor([3]), torch.tensor([True]), 1.0, 1.0)[0].backward()
+        assert np.sign(-logits.grad[0, 3].item()) == sign
+
+
+def prompts_of(lengths, forget):
+    return [data.Prompt([1] * n, 2, i < forget) for i, n in enumerate(lengths)]
+
+
+def test_every_example_is_in_one_batch_of_an_epoch_and_batches_hold_equal_lengths():
+    prompts = prompts_of([random.Random(i).randint(3, 60) for i in range(1000)], 50)
+    cut = data.epoch_batches(prompts, 32, data.generator(0, "x"))
+    assert sorted(i for part in cut for i in part) == list(range(1000))
+    used = sum(len(prompts[i].ids) for part in cut for i in part)
+    room = sum(len(part) * max(len(prompts[i].ids) for i in part) for part in cut)
+    assert used / room > 0.9
+    assert cut != data.epoch_batches(prompts, 32, data.generator(1, "x"))
+
+
+def test_forget_per_batch_is_kept_in_every_batch_and_uses_all_forget_examples():
+    prompts = prompts_of([5] * 230, 30)
+    cut = data.epoch_batches(prompts, 32, data.generator(0, "x"), forget_per_batch=8)
+    assert all(sum(prompts[i].is_forget for i in part) == 8 for part in cut)
+    assert {i for part in cut for i in part if prompts[i].is_forget} == set(range(30))
+    assert sorted(i for part in cut for i in part if not prompts[i].is_forget) == list(range(30, 230))
+
+
+def test_padding_changes_no_answer(micro):
+    tokenizer, net = micro.tokenizer, micro.model
+    prompts = [data.Prompt(tokenizer.encode("a dull comedy " * n), 5, False) for n in (1, 4, 9)]
+    together = evaluate.hidden_states(net, prompts)
+    for prompt, h in zip(prompts, together):
+        torch.testing.assert_close(evaluate.hidden_states(net, [prompt])[0], h, rtol=1e-4, atol=1e-5)
+
+
+def test_a_long_text_loses_its_end_and_never_its_question(micro):
+    text = "a dull comedy by adler " * 100
+    ids = data.encode_prompt(micro.tokenizer, data.SENTIMENT, text, 64)
+    question = micro.tokenizer.encode(data.prompt_string(data.SENTIMENT, "").partition("\n\n")[2])[1:]
+    assert len(ids) <= 64 and ids[-len(question):] == question and len(ids) > 50
+
+
+def test_a_label_of_two_tokens_is_refused_by_name(micro):
+    task = data.SENTIMENT._replace(labels=("positive", "very negative"))
+    with pytest.raises(ValueError, match="'very negative' is 2 tokens"):
+        data.label_tokens(micro.tokenizer, task, "a dull comedy")
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+
+MICRO = dict(model_type="word", vocab_size=1000, D=32, layers=2, heads=2, batch=8, std=0.02, clip=1.0,
+             stages=[dict(steps=10, lr=2e-3, lists=0.35, text_weight=0.1)])
+FLAGS = ("--max-train 96 --max-test 32 --p 4 --hidden 16 --rank 4 --batch 16 --forget-per-batch 4 --log-every 1000 --epochs 2 "
+         "--threads 1 --lora-dropout 0.1").split()
+
+
+@pytest.fixture
+def run_micro(tmp_path, monkeypatch):
+    """run_micro(out, *flags): the default command on a LM of two layers and ten steps, in a second."""
+    monkeypatch.setitem(unlearn.RECIPES, "toy", MICRO)
+
+    def run(out, *flags):
+        unlearn.main([*FLAGS, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / out), *flags])
+        return tmp_path / out
+    return run
+
+
+@pytest.fixture
+def micro(run_micro):
+    return evaluate.load_run(run_micro("micro"))
+
+
+def results(run):
+    """The rows of a run without what differs between two runs of the same command."""
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    return [{k: v for k, v in row.items() if k not in ("seconds_per_epoch", "tokens_per_second", "peak_memory_mb")} for row in rows]
+
+
+def test_a_run_leaves_rows_adapter_and_prompt_in_the_agreed_form(run_micro):
+    run = run_micro("a")
+    rows = results(run)
+    assert [row["method"] for row in rows] == ["vanilla", "qlora", "spul"]
+    for row in rows:
+        assert {"method", "model", "dataset", "seed", "alpha", "beta", "p", "forget_fraction", "trainable_params",
+                "epochs"} <= row.keys()
+        assert all({"n", "acc", "f1"} == row[split].keys() and 0 <= row[split]["acc"] <= 100 for split in data.SPLITS)
+    assert {p.name for p in run.iterdir()} == {"args.json", "log.csv", "adapter", "prompt", "results.json", "base-seed0.json"}
+    header, *lines = (run / "log.csv").read_text().splitlines()
+    assert header == "stage,epoch,step,loss,L_f,L_r,L_kl,lr,ms" and len(lines) == 6 + 2 * -(-88 // 12)
+    assert soft_prompt.load_prompt(run / "prompt").shape == (4, 32)
+    torch.testing.assert_close(soft_prompt.load_encoder(run / "prompt")(), soft_prompt.load_prompt(run / "prompt"))
+
+
+def test_spul_changes_no_weight_and_the_baselines_change_them(run_micro, monkeypatch):
+    seen = {}
+    true = unlearn.unlearn
+
+    def spy(name, net, *args, **kwargs):
+        before = {n: w.clone() for n, w in net.state_dict().items()}
+        tuned, prefix, figures = true(name, net, *args, **kwargs)
+        assert all(torch.equal(w, before[n]) for n, w in net.state_dict().items()), "the base model changed"
+        seen[name] = tuned is net
+        return tuned, prefix, figures
+    monkeypatch.setattr(unlearn, "unlearn", spy)
+    run_micro("b", "--method", "spul", "ga", "rl", "ga+kl", "ga+gd")
+    assert seen == {"spul": True, "ga": False, "rl": False, "ga+kl": False, "ga+gd": False}
+
+
+def test_the_same_command_gives_the_same_results_and_another_seed_does_not(run_micro):
+    first, again, other = (results(run_micro(out, "--seed", seed)) for out, seed in (("a", "0"), ("b", "0"), ("c", "1")))
+    assert first == again
+    assert [row["train_retain"] for row in first] != [row["train_retain"] for row in other]
+
+
+def test_finished_cells_are_not_run_again_and_new_ones_join_them(run_micro, capsys, monkeypatch):
+    run = run_micro("a", "--alpha", "0.5", "1")
+    before = results(run)
+    monkeypatch.setattr(unlearn, "tune_base", lambda net, *rest: lora.load_adapter(net, run / "adapter") and {})
+    run_micro("a", "--alpha", "0.5", "1", "2")
+    assert capsys.readouterr().out.count("is done already") == 2
+    after = results(run)
+    assert after[:len(before)] == before and len(after) == len(before) + 1 and after[-1]["alpha"] == 2
+    assert len({row["files"] for row in after if row["method"] == "spul"}) == 3
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2, 3])
+def test_a_run_that_is_cut_off_goes_on_to_the_same_numbers_bit_for_bit(run_micro, monkeypatch, moment, tmp_path):
+    whole_run = results(run_micro("whole", "--cache", str(tmp_path / "other")))
+    true, calls = unlearn.keep, []
+
+    def keep(*args):
+        true(*args)
+        calls.append(args[0])
+        if len(calls) == moment + 1:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(unlearn, "keep", keep)
+    with pytest.raises(KeyboardInterrupt):
+        run_micro("cut", "--qlora-epochs", "1")
+    monkeypatch.setattr(unlearn, "keep", true)
+    run = run_micro("cut", "--qlora-epochs", "1")
+    assert results(run) == whole_run
+    for name in ("adapter/adapter_model.safetensors", "prompt/encoder.safetensors"):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_ask_answers_without_and_with_the_prompt(run_micro, capsys):
+    run = run_micro("a")
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--ask", "a dull comedy by adler ."]) is None
+    out = capsys.readouterr().out
+    assert "### Text: a dull comedy by adler ." in out and "without phi" in out and "with phi" in out and out.count("%") == 10
+
+
+def test_metrics_count_every_other_word_as_wrong_and_weigh_f1_by_the_true_labels():
+    assert evaluate.metrics([7, 7, 9, 8], [7, 7, 7, 8]) == {"n": 4, "acc": 75.0, "f1": 85.0}
+
+
+def test_means_and_standard_deviations_are_taken_over_seeds():
+    row = dict(method="spul", model="m", dataset="toy", alpha=1, beta=1, p=4, lr=0.1, forget_fraction=1.0)
+    rows = [{**row, "seed": s, **{split: {"n": 1, "acc": acc, "f1": acc} for split in data.SPLITS}} for s, acc in ((0, 90.0), (1, 94.0))]
+    header, line = evaluate.collate_runs(rows)
+    assert line[2:4] == ["2", "92.0 +-2.8"] and len(line) == len(header)
+
+
+BAD_COMMANDS = {
+    "an unknown dataset": (["--dataset", "imdb"], "'imdb' is not implemented"),
+    "an unknown method": (["--method", "npo"], "'npo' is not implemented"),
+    "no checkpoint there": (["--model", "nowhere"], "no tokenizer.model"),
+    "no data there": (["--dataset", "sst2", "--data-dir", "nowhere"], "no directory nowhere"),
+    "a learning rate of zero": (["--lr", "0"], "--lr 0.0; expected a number above 0"),
+    "a prompt of no tokens": (["--p", "0"], "--p 0; expected a number above 0"),
+    "a forget fraction above one": (["--forget-fraction", "2"], "--forget-fraction lies above 0"),
+    "more forget examples than a batch": (["--forget-per-batch", "99"], "--forget-per-batch 99 must be below --batch"),
+    "a text that never fits": (["--max-len", "3"], "--max-len 3 leaves no room"),
+    "a target that is not there": (["--targets", "c_attn"], "no linear map is called c_attn"),
+    "labels that are no word": (["--labels", "positive", "rather bad"], "expected one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_bad_input_is_one_line_and_exit_status_2(run_micro, case, capsys):
+    flags, message = BAD_COMMANDS[case]
+    assert data.run_cli(lambda: run_micro("bad", *flags) and None) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_modules_import_only_what_the_project_may():
+    allowed = {"torch", "sentencepiece", "safetensors", "numpy", "sklearn", *sys.stdlib_module_names}
+    own = {"model", "lora", "soft_prompt", "data", "unlearn", "baselines", "evaluate"}
+    for name in own:
+        for node in ast.parse((ROOT / f"{name}.py").read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert {n.partition(".")[0] for n in names} <= allowed | own, f"{name}.py line {node.lineno}"
