@@ -249,9 +249,8 @@ def load_run(run, cell=None):
                   data.encode_splits(tokenizer, task, splits, args.max_len), row)
 
 
-def ask(run, text):
-    """Prints the five likeliest answers to one text, without and with the learned prompt."""
-    loaded = load_run(run)
+def ask(loaded, text):
+    """Prints the five likeliest answers of a loaded run to one text, without and with the learned prompt."""
     ids = data.encode_prompt(loaded.tokenizer, loaded.task, text, loaded.args["max_len"])
     tokens = torch.tensor([ids], device=loaded.args["device"])
     answer_pos = torch.tensor([len(ids) - 1], device=tokens.device)
@@ -277,7 +276,7 @@ def main(argv=None):
         if path and Path(path).suffix not in (".png", ".svg"):
             raise ValueError(f"{path}: a figure is written as .png or .svg; give it one of these endings")
     if args.ask is not None:
-        return ask(args.runs[0], args.ask)
+        return ask(load_run(args.runs[0]), args.ask)
     rows = load_rows(args.runs)
     if args.tsne:
         plot_tsne(args.runs[0], args.tsne)

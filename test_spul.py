@@ -1038,9 +1038,9 @@ def test_finished_cells_are_not_run_again_and_new_ones_join_them(run_micro, caps
     assert len({row["files"] for row in after if row["method"] == "spul"}) == 3
 
 
-@pytest.mark.parametrize("moment", [0, 1, 2, 3])
+@pytest.mark.parametrize("moment", [0, 1, 3])  # after pretraining, in the midst of QLoRA, in the midst of SPUL
 def test_a_run_that_is_cut_off_goes_on_to_the_same_numbers_bit_for_bit(run_micro, monkeypatch, moment, tmp_path):
-    whole_run = results(run_micro("whole", "--cache", str(tmp_path / "other")))
+    whole_run = results(run_micro("whole", "--cache", str(tmp_path / "other"), "--qlora-epochs", "2"))
     true, calls = unlearn.keep, []
 
     def keep(*args):
@@ -1050,20 +1050,37 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_numbers_bit_for_bit(run_micro
             raise KeyboardInterrupt
     monkeypatch.setattr(unlearn, "keep", keep)
     with pytest.raises(KeyboardInterrupt):
-        run_micro("cut", "--qlora-epochs", "1")
+        run_micro("cut", "--qlora-epochs", "2")
     monkeypatch.setattr(unlearn, "keep", true)
-    run = run_micro("cut", "--qlora-epochs", "1")
+    run = run_micro("cut", "--qlora-epochs", "2")
     assert results(run) == whole_run
     for name in ("adapter/adapter_model.safetensors", "prompt/encoder.safetensors"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_the_method_that_the_readme_adds_runs_and_gets_its_row(run_micro, monkeypatch):
+    monkeypatch.setattr(unlearn, "METHODS", dict(unlearn.METHODS))
+    code = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code, vars(unlearn))
+    assert len(code.strip().splitlines()) <= 15
+    rows = results(run_micro("npo", "--method", "npo"))
+    assert rows[-1]["method"] == "npo" and rows[-1]["train_retain"]["n"] > 0
+
+
 def test_ask_answers_without_and_with_the_prompt(run_micro, capsys):
-    run = run_micro("a")
+    run, text = run_micro("a"), "a dull comedy by adler ."
+    loaded = evaluate.load_run(run)
+    loaded.prefix[0][1].mul_(30)  # a prompt that nobody overlooks
+    ids = loaded.tokenizer.encode(data.prompt_string(loaded.task, text))
+    with torch.no_grad():
+        best = [loaded.model(torch.tensor([ids]), torch.tensor([len(ids) - 1]), prefix)[0].softmax(-1).max().item()
+                for prefix in (None, loaded.prefix)]
+    assert abs(best[0] - best[1]) > 1e-3
     capsys.readouterr()
-    assert evaluate.main([str(run), "--ask", "a dull comedy by adler ."]) is None
-    out = capsys.readouterr().out
-    assert "### Text: a dull comedy by adler ." in out and "without phi" in out and "with phi" in out and out.count("%") == 10
+    evaluate.ask(loaded, text)
+    without, with_phi = capsys.readouterr().out.strip().split("\n")[-2:]
+    assert without.startswith("without phi") and with_phi.startswith("with phi")
+    assert [float(line.split(" %")[0].split()[-1]) for line in (without, with_phi)] == [pytest.approx(100 * b, abs=0.06) for b in best]
 
 
 def test_metrics_count_every_other_word_as_wrong_and_weigh_f1_by_the_true_labels():
