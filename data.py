@@ -205,6 +205,7 @@ def encode_splits(tokenizer, task, splits, max_len):
 # -------------------------------------------------------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
+    """B prompts as tensors, and what they should be answered with."""
     tokens: torch.Tensor      # (B,T), padded on the right with 0: no real token ever looks there
     answer_pos: torch.Tensor  # (B,), the position whose logits are the answer
     y: torch.Tensor           # (B,), the token it should give
@@ -444,6 +445,7 @@ def lines_of(path):
 
 
 def read_tsv(path):
+    """GLUE's form: tabs, no quoting -> (line, fields) of each row."""
     return ((number, line.rstrip("\r\n").split("\t")) for number, line in lines_of(path) if line.strip())
 
 
@@ -452,6 +454,7 @@ CSV_RECORD = re.compile(rf"{FIELD}(?:,{FIELD})*[\r\n]*")
 
 
 def read_csv(path):
+    """RFC 4180 -> (line it starts on, fields) of each record; broken quotes are a ValueError, never half-read."""
     record = []  # the lines of the present record, checked whole: csv.reader would let `1,he said "no"` pass
 
     def tapped():
@@ -475,6 +478,7 @@ def read_csv(path):
 
 
 def parse_json(path, line, text):
+    """-> the JSON value of `text`, which starts on `line` of path, or bad_row's ValueError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -483,10 +487,12 @@ def parse_json(path, line, text):
 
 
 def read_jsonl(path):
+    """One JSON object a line -> (line, object)."""
     return ((number, parse_json(path, number, line)) for number, line in lines_of(path) if line.strip())
 
 
 def read_json(path):
+    """A JSON list of objects -> (line it starts on, object)."""
     text = "".join(line for _, line in lines_of(path))
     items = parse_json(path, 1, text)
     if not isinstance(items, list):
@@ -502,6 +508,7 @@ def read_json(path):
 
 
 def read_parquet(path):
+    """A parquet table -> (row, dict); ValueError where pyarrow is not installed."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -706,6 +713,7 @@ def four_options(path, line, row, options, right, rng):
 
 
 def read_wmdp(path, rng):
+    """WMDP's questions: four choices and the number of the right one -> [Example]."""
     examples = []
     for line, row in read_rows(path, ("question", "choices", "answer")):
         choices, answer = row["choices"], row["answer"]
@@ -719,6 +727,7 @@ def read_wmdp(path, rng):
 
 
 def read_sciq(path, rng):
+    """SciQ's questions: the correct answer and three distractors -> [Example]."""
     columns = ("correct_answer", "distractor1", "distractor2", "distractor3")
     return [four_options(path, line, row, [row[column] for column in columns], 0, rng)
             for line, row in read_rows(path, ("question", *columns))]
@@ -828,6 +837,7 @@ def print_report(name, splits, notes):
 
 
 def main(argv=None):
+    """The command line: Table 1, whom or what the forget set names, and what leaks."""
     parser = argparse.ArgumentParser(description="Prints Table 1, what is forgotten, and the leakage.")
     parser.add_argument("--dataset", default="toy", help=f"one of {', '.join(DATASETS)}")
     parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")

@@ -172,6 +172,7 @@ def rotate(x, cos, sin):
 
 
 class LlamaAttention(nn.Module):
+    """x (B,T,D) -> (B,T,D), and K, V (B,G,T,d) with their rotary positions."""
     def __init__(self, c):
         super().__init__()
         self.d = c.head_dim
@@ -188,6 +189,7 @@ class LlamaAttention(nn.Module):
 
 
 class LlamaMLP(nn.Module):
+    """x (B,T,D) -> (B,T,D): SwiGLU."""
     def __init__(self, c):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -199,6 +201,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
+    """x (B,T,D) -> (B,T,D), and the attention's K, V."""
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -241,6 +244,7 @@ class Llama(nn.Module):
 
 
 class OPTAttention(nn.Module):
+    """x (B,T,D) -> (B,T,D), and K, V (B,H,T,d)."""
     def __init__(self, c):
         super().__init__()
         self.d = c.head_dim

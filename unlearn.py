@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import random
 import sys
 import time
 from pathlib import Path
