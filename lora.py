@@ -28,7 +28,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (B,T,r)
-        return self.base(x) + self.alpha / self.rank * F.linear(low, self.lora_B.to(x.dtype))
+        return self.base(x) + F.linear(low, self.alpha / self.rank * self.lora_B.to(x.dtype))  # (B,T,out)
 
     def merged(self):
         """-> nn.Linear with the DEQUANTISED weights plus the update in float32: the same function as forward's."""

@@ -126,16 +126,20 @@ class Config:
     do_layer_norm_before: bool = True
 
 
-def attend(q, k, v, prefix=None):
+def attend(q, k, v, prefix=None, answer_pos=None):
     """Causal attention of q (B,H,T,d) over k, v (B,G,T,d), after prefix K, V (1,G,p,d) if there are -> (B,T,H*d).
 
-    Right padding needs no mask: a real token never looks right. Every token may look at the whole soft prompt.
+    With answer_pos (B,) q is (B,H,1,d), the query at that position alone. Right padding needs no mask: a real token
+    never looks right. Every token may look at the whole soft prompt.
     """
     B, H, T, d = q.shape
-    mask = None
+    mask, p = None, 0
     if prefix is not None:
+        p = prefix[0].shape[2]
         k, v = (torch.cat([a.expand(B, -1, -1, -1), b], dim=2) for a, b in zip(prefix, (k, v)))  # (B,G,p+T,d)
-        mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - T)
+        mask = torch.ones(T, p + T, dtype=torch.bool, device=q.device).tril(p)
+    if answer_pos is not None:
+        mask = torch.arange(k.shape[2], device=q.device) <= p + answer_pos[:, None, None, None]  # (B,1,1,p+T)
     if k.shape[1] < H:
         k, v = (a.repeat_interleave(H // a.shape[1], dim=1) for a in (k, v))  # (B,H,p+T,d)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # on a CPU its backward pass is 7 times slower than float32's
@@ -171,6 +175,19 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def heads(x, d):
+    """(B,T,H*d) -> (B,H,T,d)."""
+    return x.view(*x.shape[:2], -1, d).transpose(1, 2)
+
+
+def at(x, answer_pos):
+    """x (B,T,D), answer_pos (B,) -> (B,1,D); x itself when answer_pos is None.
+
+    Only the answer is ever read, so the last layer makes queries there alone, and lm_head reads one position, not T.
+    """
+    return x if answer_pos is None else x[torch.arange(len(x), device=x.device), answer_pos, None]
+
+
 class LlamaAttention(nn.Module):
     """x (B,T,D) -> (B,T,D), and K, V (B,G,T,d) with their rotary positions."""
     def __init__(self, c):
@@ -181,11 +198,11 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * self.d, c.hidden_size, bias=False)
 
-    def forward(self, x, angles, prefix):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.d).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        return self.o_proj(attend(q, k, v, prefix)), (k, v)
+    def forward(self, x, angles, prefix, answer_pos=None):
+        q, k, v = (heads(y, self.d) for y in (self.q_proj(at(x, answer_pos)), self.k_proj(x), self.v_proj(x)))
+        q = rotate(q, *(angles if answer_pos is None else (a[answer_pos, None, None] for a in angles)))
+        k = rotate(k, *angles)
+        return self.o_proj(attend(q, k, v, prefix, answer_pos)), (k, v)
 
 
 class LlamaMLP(nn.Module):
@@ -209,9 +226,9 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = LlamaMLP(c)
 
-    def forward(self, x, angles, prefix):
-        a, kv = self.self_attn(self.input_layernorm(x), angles, prefix)
-        x = x + a
+    def forward(self, x, prefix, answer_pos, angles):
+        a, kv = self.self_attn(self.input_layernorm(x), angles, prefix, answer_pos)
+        x = at(x, answer_pos) + a
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
 
@@ -232,8 +249,8 @@ class Llama(nn.Module):
         """-> the state h that lm_head reads, (B,D) at answer_pos or (B,T,D), and every layer's K, V (B,G,T,d)."""
         x = embed(self, tokens)
         p = prefix[0][0].shape[2] if prefix else 0
-        x, kv = run_layers(self, x, prefix, rotary_angles(x.shape[1], p, self.config, x))
-        return self.norm(at(x, answer_pos)), kv
+        x, kv = run_layers(self, x, prefix, answer_pos, rotary_angles(x.shape[1], p, self.config, x))
+        return self.norm(x), kv
 
     def forward(self, tokens, answer_pos=None, prefix=None):
         """tokens (B,T) or embeddings (B,T,D), answer_pos (B,) in 0..T-1 -> logits (B,V), or (B,T,V) when it is None.
@@ -251,10 +268,9 @@ class OPTAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
-    def forward(self, x, prefix):
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.d).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, prefix)), (k, v)
+    def forward(self, x, prefix, answer_pos):
+        q, k, v = (heads(y, self.d) for y in (self.q_proj(at(x, answer_pos)), self.k_proj(x), self.v_proj(x)))
+        return self.out_proj(attend(q, k, v, prefix, answer_pos)), (k, v)
 
 
 class OPTLayer(nn.Module):
@@ -269,9 +285,10 @@ class OPTLayer(nn.Module):
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
 
-    def forward(self, x, prefix):
-        a, kv = self.self_attn(self.self_attn_layer_norm(x) if self.pre else x, prefix)
-        x = x + a if self.pre else self.self_attn_layer_norm(x + a)
+    def forward(self, x, prefix, answer_pos):
+        a, kv = self.self_attn(self.self_attn_layer_norm(x) if self.pre else x, prefix, answer_pos)
+        x = at(x, answer_pos) + a
+        x = x if self.pre else self.self_attn_layer_norm(x)
         m = self.fc2(F.relu(self.fc1(self.final_layer_norm(x) if self.pre else x)))
         return (x + m if self.pre else self.final_layer_norm(x + m)), kv
 
@@ -302,8 +319,7 @@ class OPT(nn.Module):
                              f"{self.config.max_position_embeddings} positions; lower --max-len or --p")
         x = x if self.project_in is None else self.project_in(x)
         x = x + self.embed_positions(torch.arange(p, p + T, device=x.device) + 2)
-        x, kv = run_layers(self, x, prefix)
-        x = at(x, answer_pos)
+        x, kv = run_layers(self, x, prefix, answer_pos)
         x = x if self.final_layer_norm is None else self.final_layer_norm(x)
         return (x if self.project_out is None else self.project_out(x)), kv
 
@@ -315,22 +331,20 @@ def embed(model, tokens):
     return tokens if tokens.is_floating_point() else model.embed_tokens(tokens)
 
 
-def at(x, answer_pos):
-    """x (B,T,D), answer_pos (B,) -> (B,D): lm_head then reads one position, not T of them."""
-    return x if answer_pos is None else x[torch.arange(len(x), device=x.device), answer_pos]
+def run_layers(model, x, prefix, answer_pos, *extra):
+    """x (B,T,D) through all layers -> x, [(K, V) of each layer]; with answer_pos (B,) x (B,D) is that position's.
 
-
-def run_layers(model, x, prefix, *extra):
-    """x (B,T,D) through all layers -> x, [(K, V) of each layer]; with checkpointing, only x is kept in between."""
-    kv = []
+    With checkpointing, only the layers' inputs are kept for the backward pass.
+    """
+    kv, last = [], len(model.layers) - 1
     for i, layer in enumerate(model.layers):
-        args = (x, *extra, prefix[i] if prefix else None)
+        args = (x, prefix[i] if prefix else None, answer_pos if i == last else None, *extra)
         if model.checkpointing and torch.is_grad_enabled():
             x, layer_kv = checkpoint(layer, *args, use_reentrant=False)
         else:
             x, layer_kv = layer(*args)
         kv.append(layer_kv)
-    return x, kv
+    return x if answer_pos is None else x[:, 0], kv
 
 
 def tie(model):
