@@ -973,6 +973,7 @@ FLAGS = ("--max-train 96 --max-test 32 --p 4 --hidden 16 --rank 4 --batch 16 --f
 def run_micro(tmp_path, monkeypatch):
     """run_micro(out, *flags): the default command on a LM of two layers and ten steps, in a second."""
     monkeypatch.setitem(unlearn.RECIPES, "toy", MICRO)
+    monkeypatch.setattr(evaluate, "LEARNED", -100.0)  # so small a model learns nothing in six steps
 
     def run(out, *flags):
         unlearn.main([*FLAGS, "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / out), *flags])
@@ -1091,7 +1092,82 @@ def test_means_and_standard_deviations_are_taken_over_seeds():
     row = dict(method="spul", model="m", dataset="toy", alpha=1, beta=1, p=4, lr=0.1, forget_fraction=1.0)
     rows = [{**row, "seed": s, **{split: {"n": 1, "acc": acc, "f1": acc} for split in data.SPLITS}} for s, acc in ((0, 90.0), (1, 94.0))]
     header, line = evaluate.collate_runs(rows)
-    assert line[2:4] == ["2", "92.0 +-2.8"] and len(line) == len(header)
+    assert line[2:4] == ["2", "92.0 +-2.8 / 92.0 +-2.8"] and len(line) == len(header)
+
+
+def test_best_keeps_each_methods_rows_of_its_best_learning_rate():
+    def row(method, lr, seed, retain, forget):
+        return dict(method=method, model="m", dataset="toy", alpha=1, beta=1, p=4, lr=lr, forget_fraction=1.0, seed=seed,
+                    train_retain={"acc": retain}, train_forget={"acc": forget})
+    rows = [row("ga", 1e-3, 0, 100, 100), row("ga", 1e-3, 1, 100, 0), row("ga", 1e-2, 0, 90, 20), row("ga", 1e-2, 1, 90, 20),
+            row("rl", 1e-3, 0, 50, 50)]
+    assert evaluate.best(rows) == rows[2:]
+
+
+# ------------------------------------------------------------------------------------------------- the audit
+
+
+def test_a_base_that_learned_nothing_is_not_unlearned(run_micro, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "LEARNED", 10.0)
+    assert data.run_cli(lambda: run_micro("unlearned") and None) == 2
+    assert "nothing was learned that could be unlearned" in capsys.readouterr().err
+
+
+def test_membership_inference_finds_a_planted_memory_and_nothing_where_there_is_none(micro):
+    rng = random.Random(0)
+    prompts = [data.Prompt([rng.randrange(5, 90) for _ in range(12)], rng.randrange(5, 90), True) for _ in range(1200)]
+    known = {tuple(q.ids): q.label for q in prompts[:600]}
+
+    class Memorises(torch.nn.Module):
+        def forward(self, tokens, answer_pos, prefix):
+            noise = torch.randn(len(tokens), 100, generator=torch.Generator().manual_seed(int(tokens.sum())))
+            for row, ids in zip(noise, tokens.tolist()):
+                row[known.get(tuple(ids), 0)] += 8 * (tuple(ids) in known)
+            return noise
+
+    def aucs(model):
+        seen, unseen = (evaluate.readings(model, part, [5, 6]) for part in (prompts[:600], prompts[600:]))
+        return [evaluate.membership_auc(seen[:, 2], unseen[:, 2]), evaluate.membership_auc(-seen[:, 3], -unseen[:, 3])]
+
+    assert min(aucs(Memorises())) >= 95
+    known.clear()
+    assert all(abs(auc - 50) <= 5 for auc in aucs(Memorises()))
+
+
+def test_the_breakdown_of_answers_is_counted_by_hand():
+    prompts = [data.Prompt([1], label, True) for label in (1, 1, 2, 2)]
+    read = torch.tensor([[1, 1, 0, 0], [2, 1, 0, 0], [7, 2, 0, 0], [9, 1, 0, 0]], dtype=torch.double)
+    assert evaluate.breakdown(read, prompts, [1, 2], [7]) == {
+        "right": 25, "wrong label": 25, "generic": 25, "other": 25, "right among labels": 75}
+
+
+def test_a_probe_reads_what_is_there_and_its_control_is_at_chance():
+    torch.manual_seed(0)
+    y = [i % 2 for i in range(600)]
+    h = torch.randn(600, 16) + 2 * torch.tensor(y)[:, None]
+    right, control = evaluate.probe(h[:400], y[:400], h[400:], y[400:])
+    assert right > 95 and abs(control - 50) < 8
+
+
+def test_the_telling_words_of_the_toy_are_the_forgotten_persons():
+    notes = []
+    words = evaluate.telling_words(data.load_splits("toy", ".", 3, notes=notes))
+    assert sorted(words) == sorted(notes[0].removeprefix("forgotten: ").split(", ")[:4])
+
+
+def test_an_audit_adds_the_references_and_leaves_phi_off_equal_to_the_base(run_micro, capsys):
+    run = run_micro("audited", "--method", "spul", "ga", "--max-train", "400", "--max-test", "150")
+    evaluate.audit(run)
+    out = capsys.readouterr().out
+    assert all(what.partition(";")[0] in out for what in evaluate.TITLES.values())
+    tables = json.loads((run / "audit.json").read_text())["seeds"]["0"]["tables"]
+    assert list(tables["accuracy"]) == ["base", "retrain", "spul", "ga", "hard-prompt", "random-prompt", "prompt-off", "constant"]
+    assert tables["accuracy"]["prompt-off"] == tables["accuracy"]["base"]
+    rows = {row["method"]: row for row in evaluate.load_rows([run])}
+    assert set(evaluate.REFERENCES) < set(rows)
+    assert rows["prompt-off"]["train_retain"] == rows["qlora"]["train_retain"]
+    evaluate.audit(run)
+    assert "auditing" not in capsys.readouterr().out  # it is kept
 
 
 BAD_COMMANDS = {

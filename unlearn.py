@@ -483,7 +483,7 @@ def run_seed(seed, args, run):
     tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
     common = fingerprint_of(Path(lm, "config.json").read_text(), splits, task, {k: getattr(args, k) for k in (
         "weights", "dtype", "max_len", "rank", "lora_alpha", "lora_dropout", "targets", "qlora_lr", "qlora_epochs",
-        "batch", "accumulate", "clip", "limit_eval")}, model.embed_tokens.weight.double().sum().item())
+        "batch", "accumulate", "clip")}, model.embed_tokens.weight.double().sum().item())
     row = dict(method="", model=str(args.model or f"embedded-{args.dataset}"), dataset=args.dataset, seed=seed, alpha=None,
                beta=None, p=None, lr=None, forget_fraction=None)
 
@@ -500,6 +500,7 @@ def run_seed(seed, args, run):
     figures = tune_base(model, prompts, args, run, seed, common)
     if not run.finished(base, common):
         measure(base, common, model, None, **{**figures, "method": "qlora", "lr": args.qlora_lr})
+    evaluate.check_learned(run.cells[base], prompts)
     base_hidden = None
     for cell in cells(args):
         method, name = METHODS[cell["method"]], cell_name(cell, seed)
@@ -536,7 +537,7 @@ def cells(args):
     for name, fraction in itertools.product(args.method, args.forget_fraction):
         flags = METHODS[name].flags
         axes = [getattr(args, k) if k in flags else [None] for k in ("alpha", "beta", "p")]
-        for lr, alpha, beta, p in itertools.product(args.lr.get(name) or args.lr["weights"], *axes):
+        for lr, alpha, beta, p in itertools.product(args.lr.get(name) or args.lr[METHODS[name].trains], *axes):
             grid.append(dict(method=name, forget_fraction=fraction, lr=lr, alpha=alpha, beta=beta, p=p))
     return grid
 
@@ -549,13 +550,13 @@ def cell_name(cell, seed):
 
 # --------------------------------------------------------------------------------------------------- command line
 
-# What each kind of run sets where no flag says otherwise.
+# What each kind of run sets where no flag says otherwise; lr: of a method, or of all that train a prompt or weights.
 PRESETS = {
-    "toy": dict(p=[20], spul_lr=5e-3, weights_lr=1e-3, epochs=4, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
+    "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=4, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
                 rank=16, qlora_lr=2e-4, qlora_epochs=1),
-    "embedded": dict(p=[30], spul_lr=3e-3, weights_lr=1e-4, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
+    "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
                      targets=["all"], rank=32, qlora_lr=2e-3, qlora_epochs=4),
-    "paper": dict(p=[30], spul_lr=1e-4, weights_lr=1e-5, epochs=10, batch=32, forget_per_batch=0, clip=0.3,
+    "paper": dict(p=[30], lr={"prompt": 1e-4, "weights": 1e-5}, epochs=10, batch=32, forget_per_batch=0, clip=0.3,
                   targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10),
 }
 
@@ -613,12 +614,11 @@ def parse(argv=None):
             raise ValueError(f"{name!r} is not implemented; expected one of {', '.join(known)}")
     preset = PRESETS["paper" if args.model else "toy" if args.dataset == "toy" else "embedded"]
     args.epochs_given = args.epochs is not None
-    given, args.lr = args.lr, {}
+    given = args.lr
     for key, value in preset.items():
-        if key.endswith("_lr") and key != "qlora_lr":
-            args.lr[key.removesuffix("_lr")] = given or [value]
-        elif getattr(args, key) is None:
+        if getattr(args, key) is None:
             setattr(args, key, value)
+    args.lr = {name: given or [value] for name, value in preset["lr"].items()}
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     positive = ("epochs", "batch", "accumulate", "hidden", "rank", "max_len", "log_every", "clip", "qlora_lr", "lora_alpha",
@@ -632,7 +632,6 @@ def parse(argv=None):
     if not 0 <= args.forget_per_batch < args.batch or not 0 <= args.lora_dropout < 1:
         raise ValueError(f"--forget-per-batch {args.forget_per_batch} must be below --batch {args.batch}; "
                          f"--lora-dropout {args.lora_dropout} below 1")
-    args.limit_eval = None
     stem = f"{Path(args.model).resolve().name if args.model else 'embedded'}-{args.dataset}-{'-'.join(args.method)}"
     args.out = args.out or str(Path("runs") / stem)
     return args
