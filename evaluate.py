@@ -25,15 +25,31 @@ from model import load_model, read_json, whole, write_json
 from soft_prompt import PromptEncoder, load_prompt, prompt_kv
 
 
+def my_share(n):
+    """The slice of n examples that is this process's: all of them, unless torchrun started several."""
+    if not torch.distributed.is_initialized():
+        return slice(0, n)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return slice(n * rank // world, n * (rank + 1) // world)
+
+
 @torch.no_grad()
 def _over_batches(read, prompts, device, batch=256):
-    """read(Batch) -> (B,...) for all prompts, equally long ones together -> (n,...) in the prompts' order."""
-    order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)), None
-    for start in range(0, len(order), batch):
-        index = order[start:start + batch]
+    """read(Batch) -> (B,...) for all prompts, equally long ones together -> (n,...) in the prompts' order.
+
+    Each of several processes reads its share, and the sum puts the shares together; what is too little to share, each reads.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    mine, out = order[my_share(len(order))], None
+    shared = len(mine) < len(order) and len(order) >= torch.distributed.get_world_size()
+    mine = mine if shared else order
+    for start in range(0, len(mine), batch):
+        index = mine[start:start + batch]
         values = read(data.collate(prompts, [p.label for p in prompts], index, device))
-        out = torch.empty(len(prompts), *values.shape[1:], dtype=values.dtype, device=values.device) if out is None else out
+        out = values.new_zeros(len(prompts), *values.shape[1:]) if out is None else out
         out[index] = values
+    if shared:
+        torch.distributed.all_reduce(out)
     return out
 
 

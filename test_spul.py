@@ -1059,6 +1059,40 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_numbers_bit_for_bit(run_micro
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+WORKER = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, evaluate, unlearn
+unlearn.RECIPES["toy"], evaluate.LEARNED, log = {MICRO!r}, -100.0, unlearn.Run.log
+
+def killed_at(run, stage, epoch, step, *rest):
+    if f"{{stage[:4]}} {{step}}" == os.environ.get("KILL") and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    log(run, stage, epoch, step, *rest)
+
+unlearn.Run.log = killed_at
+sys.exit(data.run_cli(unlearn.main))
+"""
+
+
+def test_two_processes_give_the_losses_of_one_and_go_on_after_one_was_killed(run_micro, tmp_path):
+    flags = ["--lora-dropout", "0", "--cache", str(tmp_path / "cache")]
+    one, two = run_micro("one", *flags), tmp_path / "two"
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "worker.py"),
+               *FLAGS, *flags, "--out", str(two)]
+    first = subprocess.run(command, env={**os.environ, "KILL": "spul 9"}, capture_output=True, text=True, timeout=120)
+    assert first.returncode and "Signal 9 (SIGKILL)" in first.stderr and not (two / "prompt").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "going on after epoch 1" in again.stdout
+    ours, theirs = ([row for row in csv.DictReader(open(run / "log.csv"))] for run in (one, two))
+    last = {(row["stage"], row["step"]): float(row["loss"]) for row in theirs}  # the killed epoch's steps were taken twice
+    assert len(last) == len(ours) and {row["stage"][:4] for row in ours} == {"qlor", "spul"}
+    for row in ours:
+        assert last[row["stage"], row["step"]] == pytest.approx(float(row["loss"]), rel=1e-4)
+    assert [row["test_retain"] for row in results(one)] == [row["test_retain"] for row in results(two)]
+
+
 def test_the_method_that_the_readme_adds_runs_and_gets_its_row(run_micro, monkeypatch):
     monkeypatch.setattr(unlearn, "METHODS", dict(unlearn.METHODS))
     code = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]

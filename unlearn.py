@@ -221,14 +221,6 @@ def is_main():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def my_share(n):
-    """The slice of n examples that is this process's."""
-    if not torch.distributed.is_initialized():
-        return slice(0, n)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return slice(n * rank // world, n * (rank + 1) // world)
-
-
 def all_rows(mine, n):
     """This process's rows (b,V) -> every process's (n,V), of which only the own carry a gradient.
 
@@ -369,7 +361,7 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
         return Lazy(len(cut), (data.collate(prompts, answers, index, args.device) for index in cut))
 
     def loss_of(batch):
-        share, base = my_share(len(batch.y)), None
+        share, base = evaluate.my_share(len(batch.y)), None
         with autocast(model, args):
             logits = model(batch.tokens[share], batch.answer_pos[share], prefix())
         if base_hidden is not None:
@@ -643,6 +635,8 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     if "WORLD_SIZE" in os.environ:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     run = Run(args.out, args)
     started = time.perf_counter()
