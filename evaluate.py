@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 import data
 from lora import load_adapter
-from model import load_model, read_json, whole
+from model import check_device, load_model, read_json, whole
 from soft_prompt import load_prompt, prompt_kv
 
 
@@ -75,15 +75,18 @@ def table2(rows):
     return "\n".join(lines)
 
 
+def read_rows(run):
+    """A run directory -> the rows of its results.json."""
+    rows = read_json(Path(run) / "results.json", "the results of a finished run of unlearn.py").get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"cell", "method", "seed"} <= row.keys() and all(
+            isinstance(row.get(s), dict) and {"n", "acc", "f1"} <= row[s].keys() for s in data.SPLITS) for row in rows):
+        raise ValueError(f"{run}/results.json: no rows with the four splits; expected what unlearn.py writes")
+    return rows
+
+
 def load_rows(runs):
     """Run directories -> the rows of their results.json, each with the run's path in row["run"]."""
-    rows = []
-    for run in runs:
-        found = read_json(Path(run) / "results.json", "the results of a finished run of unlearn.py").get("rows")
-        if not isinstance(found, list) or not all(isinstance(r, dict) and set(data.SPLITS) <= r.keys() for r in found):
-            raise ValueError(f"{run}/results.json: no rows with the four splits; expected what unlearn.py writes")
-        rows += [{**row, "run": str(run)} for row in found]
-    return rows
+    return [{**row, "run": str(run)} for run in runs for row in read_rows(run)]
 
 
 def over_seeds(rows):
@@ -231,20 +234,22 @@ class Loaded(NamedTuple):
 def load_run(run, cell=None):
     """Run directory -> Loaded: the first spul cell, or the named one. ValueError or OSError, in one line, if torn."""
     run = Path(run)
-    args = SimpleNamespace(**read_json(run / "args.json", "a run directory of unlearn.py"))
-    rows = [row for row in load_rows([run]) if row["method"] == "spul" and cell in (None, row["cell"])]
+    args = SimpleNamespace(**read_json(run / "args.json", "the settings of a run of unlearn.py", [
+        "dataset", "data_dir", "weights", "dtype", "device", "max_train", "max_test", "max_len", "labels", "generic", "template"]))
+    check_device(args.device)
+    rows = [row for row in load_rows([run]) if row["method"] == "spul" and cell in (None, row["cell"]) and "files" in row]
     if not rows:
         raise ValueError(f"{run} has no finished spul row{f' {cell}' if cell else ''}; run unlearn.py --method spul first")
     row = rows[0]
-    notes = read_json(run / f"base-seed{row['seed']}.json", "the base model's place")
+    notes = read_json(run / f"base-seed{row['seed']}.json", "the base model's place", ["lm", "adapter"])
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = load_model(notes["lm"], args.weights, args.device, dtype)
     load_adapter(model, run / notes["adapter"])
     model.eval()
     with torch.no_grad():
         prefix = prompt_kv(model, load_prompt(run / row["files"], model.embed_tokens.embedding_dim).to(args.device))
-    task, tokenizer = data.task_of(args), data.load_tokenizer(notes["lm"])
     splits = data.load_splits(args.dataset, args.data_dir, row["seed"], max_train=args.max_train, max_test=args.max_test)
+    task, tokenizer = data.task_of(args), data.load_tokenizer(notes["lm"])
     return Loaded(vars(args), model, prefix, tokenizer, task, data.label_tokens(tokenizer, task, splits["train_retain"][0].text),
                   data.encode_splits(tokenizer, task, splits, args.max_len), row)
 
