@@ -78,8 +78,9 @@ def table2(rows):
 def read_rows(run):
     """A run directory -> the rows of its results.json."""
     rows = read_json(Path(run) / "results.json", "the results of a finished run of unlearn.py").get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"cell", "method", "seed"} <= row.keys() and all(
-            isinstance(row.get(s), dict) and {"n", "acc", "f1"} <= row[s].keys() for s in data.SPLITS) for row in rows):
+    if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and isinstance(row.get("cell"), str) and {"method", "seed"} <= row.keys() and
+            all(isinstance(row.get(s), dict) and {"n", "acc", "f1"} <= row[s].keys() for s in data.SPLITS) for row in rows):
         raise ValueError(f"{run}/results.json: no rows with the four splits; expected what unlearn.py writes")
     return rows
 

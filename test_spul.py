@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -1106,6 +1107,21 @@ BAD_COMMANDS = {
     "a text that never fits": (["--max-len", "3"], "--max-len 3 leaves no room"),
     "a target that is not there": (["--targets", "c_attn"], "no linear map is called c_attn"),
     "labels that are no word": (["--labels", "positive", "rather bad"], "expected one"),
+    "a weight that is no number": (["--alpha", "nan"], "--alpha and --beta are 0 or more"),
+    "a negative weight": (["--beta", "-1"], "--alpha and --beta are 0 or more"),
+    "an infinite learning rate": (["--qlora-lr", "inf"], "--qlora-lr inf; expected a number above 0"),
+    "a batch of nothing": (["--batch", "0"], "--batch 0; expected a number above 0"),
+    "a dropout of everything": (["--lora-dropout", "1"], "--lora-dropout 1.0 below 1"),
+    "no threads": (["--threads", "0"], "--threads 0; expected a number above 0"),
+    "no train examples": (["--max-train", "0"], "{'max_train': 0, 'max_test': 32}; expected"),
+    "a device that is not there": (["--device", "cuda:99"], "--device cuda:99: no such device here"),
+    "a device that keeps nothing": (["--device", "meta"], "--device meta: no such device here"),
+    "a template without a text": (["--template", "### Text: {label}"], "expected one {text}, and {label} at its end"),
+    "a template without a label": (["--template", "### Text: {text}"], "expected one {text}, and {label} at its end"),
+    "a template with more": (["--template", "{text} {name} {label}"], "expected one {text}, and {label} at its end"),
+    "a prompt larger than the memory": (["--p", str(10 ** 13)], "out of memory; lower --batch"),
+    "a file where the run directory should be": (["--out", str(ROOT / "model.py")], "model.py"),
+    "a file where the cache should be": (["--cache", str(ROOT / "model.py")], "model.py"),
 }
 
 
@@ -1125,3 +1141,322 @@ def test_modules_import_only_what_the_project_may():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
                 assert {n.partition(".")[0] for n in names} <= allowed | own, f"{name}.py line {node.lineno}"
+
+
+# ------------------------------------------------------------------------------------- nothing lost, nothing silent
+
+# A process of its own, which starts each attempt at a command in a child: the child passes events, and is killed at the
+# one that `moment` is a part of. It prints how each attempt ended, -9 for SIGKILL.
+ATTEMPTS = """
+import json, os, signal, sys, torch._dynamo, data, evaluate, unlearn
+unlearn.RECIPES["toy"], commands = json.loads(sys.argv[1])
+
+def attempt(argv, moment):
+    def passing(event):
+        if moment in event:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def before(place, name, describe):
+        true = getattr(place, name)
+        def call(*args):
+            passing(describe(*args))
+            return true(*args)
+        setattr(place, name, call)
+    if moment:
+        before(unlearn.Run, "log", lambda run, stage, epoch, step, *rest: f"{stage} step {step}, not logged")
+        before(unlearn.Run, "finish", lambda run, cell, *rest: f"{cell} evaluated")
+        before(os, "replace", lambda part, path: f"{path} not yet there")
+    sys.stdout = open(os.devnull, "w")
+    os._exit(data.run_cli(lambda: unlearn.main(argv)))
+
+for argv, moments in commands:
+    for moment in [*moments, None]:
+        child = os.fork() or attempt(argv, moment)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+TWO_STAGES = {**MICRO, "stages": 2 * MICRO["stages"]}
+CELLS = [f"spul-s0-f1-lr0.005-a{alpha}-b1-p4" for alpha in ("0.5", "1")]
+MOMENTS = ["tokenizer.model not yet", "pretraining 1 step 5,", "state-1.pt not yet", "pretraining 2 step 3,",
+           "lm-toy/model.safetensors not yet", "lm-toy/fingerprint.json not yet", "vanilla-s0 evaluated", "qlora-seed0 step 2,",
+           "qlora-seed0 step 9,", "adapter/adapter_model.safetensors not yet", "adapter/fingerprint.json not yet",
+           "qlora-s0 evaluated", f"{CELLS[0]} step 3,", f"{CELLS[0]} step 11,", "prompt/encoder.safetensors not yet",
+           f"{CELLS[0]} evaluated", f"state-{CELLS[1]}.pt not yet", f"{CELLS[1]} step 16,",
+           f"prompt-{CELLS[1]}/adapter_config.json not yet", f"{CELLS[1]} evaluated"]
+
+
+def killed(moments, never, often):
+    """One command: in the directory `never` once, in `often` again and again, killed at each moment and then left to finish."""
+    flags = [*FLAGS, "--alpha", "0.5", "1", "--qlora-epochs", "2"]
+    commands = [([*flags, "--cache", f"{dir}/cache", "--out", f"{dir}/run"], at) for dir, at in ((never, []), (often, moments))]
+    out = subprocess.run([sys.executable, "-c", ATTEMPTS, json.dumps([TWO_STAGES, commands])], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert out.stdout.split() == ["0", *["-9"] * len(moments), "0"] and not out.stderr, out.stdout + out.stderr
+
+
+def all_files(dir):
+    return sorted(str(path.relative_to(dir)) for path in dir.rglob("*"))
+
+
+def logged(file):
+    """log.csv without the times."""
+    with open(file, newline="") as f:
+        return [row[:-1] for row in csv.reader(f)]
+
+
+@pytest.mark.parametrize("moments", [
+    pytest.param([MOMENTS[8], MOMENTS[17]], id="in QLoRA's second epoch and in the second cell's"),
+    pytest.param(MOMENTS, id="at twenty moments in one run", marks=pytest.mark.skipif(
+        not os.environ.get("SPUL_SLOW"), reason="takes a minute; set SPUL_SLOW=1 to run it"))])
+def test_a_killed_run_goes_on_to_the_same_results_log_and_files(moments, tmp_path):
+    never, often = tmp_path / "never", tmp_path / "often"
+    killed(moments, never, often)
+    assert results(often / "run") == results(never / "run") and len(results(never / "run")) == 4
+    assert all_files(often) == all_files(never)  # no state, no *.part
+    for name in ("run/log.csv", "cache/lm-toy/log.csv"):
+        assert logged(often / name) == logged(never / name)
+    for name in ("run/adapter/adapter_model.safetensors", "run/prompt/encoder.safetensors", "cache/lm-toy/model.safetensors"):
+        assert (often / name).read_bytes() == (never / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory):
+    """A directory with what runs leave behind: cache/lm-toy, run (finished), cut (cut off after an epoch of SPUL), opt."""
+    dir, keep = tmp_path_factory.mktemp("left"), unlearn.keep
+
+    def keep_and_stop(state, *rest):
+        keep(state, *rest)
+        if "state-spul" in str(state):
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(unlearn.RECIPES, "toy", MICRO)
+        unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / "run")])
+        patch.setattr(unlearn, "keep", keep_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / "cut")])
+    (dir / "opt").mkdir()
+    letters = {letter: i for i, letter in enumerate(data._byte_letters().values())}
+    (dir / "opt" / "vocab.json").write_text(json.dumps({**letters, "</s>": 256, "ab": 257}))
+    (dir / "opt" / "merges.txt").write_text("#version: 0.2\na b\n")
+    return dir
+
+
+@pytest.fixture
+def left(left_behind, tmp_path, monkeypatch):
+    """A copy of it to spoil."""
+    monkeypatch.setitem(unlearn.RECIPES, "toy", MICRO)
+    shutil.copytree(left_behind, tmp_path, dirs_exist_ok=True)
+    note = tmp_path / "run" / "base-seed0.json"
+    note.write_text(note.read_text().replace(str(left_behind), str(tmp_path)))
+    return tmp_path
+
+
+COMMANDS = {
+    "load": lambda dir: model.load_model(dir / "cache/lm-toy"),
+    "start": lambda dir: unlearn.main([*FLAGS, "--model", str(dir / "cache/lm-toy"), "--out", str(dir / "new")]),
+    "tokenize": lambda dir: data.load_tokenizer(dir / "cache/lm-toy").encode("a dull comedy"),
+    "tokenize as OPT": lambda dir: data.load_tokenizer(dir / "opt").encode("a dull comedy"),
+    "adapt": lambda dir: lora.load_adapter(model.load_model(dir / "cache/lm-toy", "fp32"), dir / "run/adapter"),
+    "prompt": lambda dir: soft_prompt.load_prompt(dir / "run/prompt", 32),
+    "encoder": lambda dir: soft_prompt.load_encoder(dir / "run/prompt"),
+    "again": lambda dir: unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / "run")]),
+    "go on": lambda dir: unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / "cut")]),
+    "collate": lambda dir: evaluate.main([str(dir / "run")]),
+    "ask": lambda dir: evaluate.main([str(dir / "run"), "--ask", "a dull comedy"]),
+    "read": lambda dir: data.main(["--dataset", "splits", "--data-dir", str(dir)]),
+    "own": lambda dir: unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / "new"), "--model",
+                                     str(dir / "cache/lm-toy"), "--dataset", "splits", "--data-dir", str(dir)]),
+}
+LM, SPUL_STATE = "cache/lm-toy", "cut/state-spul-s0-f1-lr0.005-a1-b1-p4.pt"
+
+
+def cut(path):
+    """The end of the file is lost, as when a copy was cut off."""
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def tensors(change):
+    """A safetensors file whose tensors are changed; None takes one away."""
+    def spoil(path):
+        state = {**load_file(path), **change}
+        save_file({name: w for name, w in state.items() if w is not None}, path)
+    return spoil
+
+
+def pickled(value):
+    """pytorch_model.bin or adapter_model.bin in place of the safetensors file."""
+    def spoil(path):
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
+        path.parent.joinpath("model.safetensors").unlink(missing_ok=True)
+        torch.save(value, path)
+    return spoil
+
+
+def sharded(weight_map):
+    """An index in place of the one file."""
+    def spoil(path):
+        path.with_name("model.safetensors").unlink()
+        path.write_text(json.dumps({"weight_map": weight_map}))
+    return spoil
+
+
+def four_files(label):
+    """One's own four files, in which one text has another label."""
+    rows = [json.dumps({"text": "a dull comedy", "label": label}) + "\n" for label in ("positive", "negative", label)]
+    return lambda path: [path.with_name(f"{split}.jsonl").write_text("".join(rows)) for split in data.SPLITS]
+
+
+def shrink(path):
+    """A model of ten words beside a tokenizer of many."""
+    tensors({name: load_file(path)[name][:10].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")})(path)
+    spoil(path.with_name("config.json"), {"vocab_size": 10})
+
+
+def state(**change):
+    """A training state with other values."""
+    return lambda path: torch.save({**torch.load(path, weights_only=True), **change}, path)
+
+
+def row(**change):
+    """results.json whose last row has other values."""
+    def spoil(path):
+        value = json.loads(path.read_text())
+        value["rows"][-1] |= change
+        path.write_text(json.dumps(value))
+    return spoil
+
+
+NAN, ZEROS = torch.full((32,), float("nan")), torch.zeros(32)
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+SPOILT = [  # the command, the file, its new content (dict: changed keys), a part of the line that says so
+    # checkpoints
+    ("load", f"{LM}/model.safetensors", None, "no model.safetensors or pytorch_model.bin"),
+    ("load", f"{LM}/model.safetensors", "", "model.safetensors: torn"),
+    ("load", f"{LM}/model.safetensors", cut, "model.safetensors: torn"),
+    ("load", f"{LM}/model.safetensors", b"\xff" * 64, "model.safetensors: torn"),
+    ("load", f"{LM}/model.safetensors", tensors({"model.norm.weight": NAN}), "tensor model.norm.weight holds NaN"),
+    ("load", f"{LM}/model.safetensors", tensors({"model.norm.weight": ZEROS.double()}), "norm.weight is torch.float64; expected"),
+    ("load", f"{LM}/model.safetensors", tensors({"model.norm.weight": ZEROS.to(torch.float8_e5m2)}), "is torch.float8_e5m2; expected"),
+    ("load", f"{LM}/model.safetensors", tensors({"norm.weight": ZEROS}), "tensor norm.weight occurs twice"),
+    ("load", f"{LM}/pytorch_model.bin", pickled([1, 2]), "pytorch_model.bin: torn, foreign"),
+    ("load", f"{LM}/pytorch_model.bin", pickled({"a": 1}), "pytorch_model.bin: torn, foreign"),
+    ("load", f"{LM}/pytorch_model.bin", pickled({1: ZEROS}), "missing tensor embed_tokens.weight (21 in all)"),
+    ("load", f"{LM}/pytorch_model.bin", pickled({"a": Path("b")}), "pytorch_model.bin: refused"),
+    ("load", f"{LM}/model.safetensors.index.json", sharded({}), "no 'weight_map'; expected a map"),
+    ("load", f"{LM}/model.safetensors.index.json", sharded(["a"]), "no 'weight_map'; expected a map"),
+    ("load", f"{LM}/model.safetensors.index.json", sharded({"a": "../../etc/passwd"}), "shard '../../etc/passwd' is not the plain"),
+    ("load", f"{LM}/model.safetensors.index.json", sharded({"a": "/etc/x.safetensors"}), "shard '/etc/x.safetensors' is not the plain"),
+    ("load", f"{LM}/model.safetensors.index.json", sharded({"a": "config.json"}), "shard 'config.json' is not the plain name"),
+    ("load", f"{LM}/model.safetensors.index.json", sharded({"a": 1}), "shard 1 is not the plain name"),
+    ("load", f"{LM}/model.safetensors.index.json", sharded({"a": "a.safetensors"}), "a.safetensors: no such file; an index"),
+    # configs
+    ("load", f"{LM}/config.json", None, "config.json: no such file; expected a checkpoint"),
+    ("load", f"{LM}/config.json", "", "config.json: not JSON"),
+    ("load", f"{LM}/config.json", b"\xff\xfe{}", "config.json: not JSON"),
+    ("load", f"{LM}/config.json", "[" * 100_000, "config.json: not JSON"),
+    ("load", f"{LM}/config.json", "[]", "config.json: found a list"),
+    ("load", f"{LM}/config.json", {"model_type": ["llama"]}, "model_type ['llama']; only"),
+    ("load", f"{LM}/config.json", {"vocab_size": 10 ** 12}, "vocab_size is 1000000000000; expected a whole number"),
+    ("load", f"{LM}/config.json", {"vocab_size": 2 ** 24}, "config.json asks for (16777216, 32)"),
+    ("load", f"{LM}/config.json", {"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000; expected"),
+    ("load", f"{LM}/config.json", {"num_hidden_layers": 3}, "missing tensor layers.2."),
+    ("load", f"{LM}/config.json", {"hidden_size": -32}, "hidden_size is -32; expected a whole number"),
+    ("load", f"{LM}/config.json", {"hidden_size": 32.0}, "hidden_size is 32.0; expected a whole number"),
+    ("load", f"{LM}/config.json", {"intermediate_size": None}, "intermediate_size is None; expected"),
+    ("load", f"{LM}/config.json", {"num_attention_heads": True}, "num_attention_heads is True; expected"),
+    ("load", f"{LM}/config.json", {"num_attention_heads": 2 ** 24, "head_dim": 2 ** 24}, "16777216 heads and"),
+    ("load", f"{LM}/config.json", {"num_key_value_heads": 3}, "2 heads and 3 key/value heads"),
+    ("load", f"{LM}/config.json", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a positive number"),
+    ("load", f"{LM}/config.json", {"rope_theta": "1e4"}, "rope_theta is '1e4'; expected a positive number"),
+    ("load", f"{LM}/config.json", {"rope_parameters": [1]}, "rope_parameters [1]; only plain rotary"),
+    ("load", f"{LM}/config.json", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
+    # tokenizers
+    ("start", f"{LM}/tokenizer.model", None, "no tokenizer.model, nor vocab.json with merges.txt"),
+    ("start", f"{LM}/model.safetensors", shrink, "tokens in the tokenizer, 10 in config.json; do they belong"),
+    ("tokenize", f"{LM}/tokenizer.model", "", "tokenizer.model: not a sentencepiece model"),
+    ("tokenize", f"{LM}/tokenizer.model", cut, "tokenizer.model: not a sentencepiece model"),
+    ("tokenize as OPT", "opt/vocab.json", "{", "vocab.json or merges.txt is damaged"),
+    ("tokenize as OPT", "opt/vocab.json", "[" * 100_000, "vocab.json or merges.txt is damaged"),
+    ("tokenize as OPT", "opt/vocab.json", "[]", "expected a vocab.json with '</s>'"),
+    ("tokenize as OPT", "opt/vocab.json", {"!": None}, "numbers the token '!' None"),
+    ("tokenize as OPT", "opt/vocab.json", {"</s>": -1}, "numbers the token '</s>' -1"),
+    ("tokenize as OPT", "opt/vocab.json", {"</s>": 10 ** 30}, "numbers the token '</s>' 1000"),
+    ("tokenize as OPT", "opt/vocab.json", '{"</s>": 0}', "vocab.json lacks the token '!'"),
+    ("tokenize as OPT", "opt/merges.txt", b"\xff", "vocab.json or merges.txt is damaged"),
+    ("tokenize as OPT", "opt/merges.txt", "a b c\n", "a merges.txt of pairs"),
+    ("tokenize as OPT", "opt/merges.txt", "b a\n", "vocab.json lacks the token 'ba'"),
+    # datasets
+    ("read", "train_retain.jsonl", "[" * 100_000, "train_retain.jsonl line 1: not JSON (maximum recursion"),
+    ("read", "train_retain.csv", "text,label\rfine,1\r", "train_retain.csv line 1: broken quotes (new-line"),
+    ("read", "train_retain.csv", f"text,label\n{'a' * 200_000},1\n", "train_retain.csv line 2: broken quotes (field larger"),
+    ("own", "train_retain.jsonl", four_files("awful"), "label 'awful' occurs in the data; expected one of positive"),
+    # adapters and prompts
+    ("adapt", "run/adapter/adapter_config.json", "{}", "peft_type None; expected 'LORA'"),
+    ("adapt", "run/adapter/adapter_config.json", {"r": 0}, "r 0, lora_alpha"),
+    ("adapt", "run/adapter/adapter_config.json", {"r": 10 ** 12}, "this model and r ask for [(1000000000000, "),
+    ("adapt", "run/adapter/adapter_config.json", {"lora_alpha": float("inf")}, "lora_alpha inf"),
+    ("adapt", "run/adapter/adapter_config.json", {"lora_dropout": 1.5}, "lora_dropout 1.5"),
+    ("adapt", "run/adapter/adapter_model.safetensors", None, "no adapter_model.safetensors or adapter_model.bin"),
+    ("adapt", "run/adapter/adapter_model.safetensors", cut, "adapter_model.safetensors: torn"),
+    ("adapt", "run/adapter/adapter_model.safetensors", tensors({LORA: None}), "are no LoRA pair"),
+    ("adapt", "run/adapter/adapter_model.safetensors", tensors({LORA: NAN.expand(4, 32).contiguous()}), "holds NaN or infinity"),
+    ("adapt", "run/adapter/adapter_model.safetensors", tensors({LORA: torch.zeros(5, 32)}), "has shapes [(5, 32)"),
+    ("adapt", "run/adapter/adapter_model.bin", pickled({}), "no tensors; expected a LoRA pair"),
+    ("prompt", "run/prompt/adapter_config.json", None, "expected a soft prompt as PEFT writes it"),
+    ("prompt", "run/prompt/adapter_config.json", {"peft_type": "LORA"}, "peft_type 'LORA'; expected 'P_TUNING'"),
+    ("prompt", "run/prompt/adapter_config.json", {"num_virtual_tokens": 5}, "has shape (4, 32); expected (5, 32)"),
+    ("prompt", "run/prompt/adapter_model.safetensors", None, "expected a soft prompt"),
+    ("prompt", "run/prompt/adapter_model.safetensors", "{}", "adapter_model.safetensors: torn"),
+    ("prompt", "run/prompt/adapter_model.safetensors", tensors({"prompt_embeddings": torch.zeros(4)}), "has shape (4,); expected"),
+    ("prompt", "run/prompt/adapter_model.safetensors", tensors({"prompt_embeddings": NAN.expand(4, 32).contiguous()}), "holds NaN"),
+    ("prompt", "run/prompt/adapter_model.bin", pickled({"phi": ZEROS}), "prompt_embeddings has shape None"),
+    ("encoder", "run/prompt/encoder.safetensors", None, "encoder.safetensors: no such file"),
+    ("encoder", "run/prompt/encoder.safetensors", tensors({"embedding.weight": ZEROS}), "not the weights of a prompt encoder"),
+    ("encoder", "run/prompt/encoder.safetensors", tensors({"mlp_head.2.bias": torch.zeros(3)}), "not the weights of a prompt"),
+    # run directories
+    ("go on", SPUL_STATE, "", "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, cut, "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, b"PK\x03\x04" * 50, "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, state(params=[ZEROS]), "p4.pt: torn or foreign (RuntimeError)"),
+    ("go on", SPUL_STATE, state(params=[]), "p4.pt: torn or foreign (ValueError)"),
+    ("go on", SPUL_STATE, state(params=6 * [ZEROS]), "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, state(optimizer={}), "p4.pt: torn or foreign (KeyError)"),
+    ("go on", SPUL_STATE, state(epoch="two"), "p4.pt: torn or foreign (ValueError)"),
+    ("go on", "cut/results.json", '{"args": {}, "rows": [{"cell', "results.json: not JSON (Unterminated"),
+    ("go on", "cut/results.json", '{"rows": [1]}', "results.json: no rows with the four splits"),
+    ("go on", "cut/results.json", row(cell=["a"]), "results.json: no rows with the four splits"),
+    ("again", "run/adapter/fingerprint.json", "{", "fingerprint.json: not JSON"),
+    ("again", "run/adapter/fingerprint.json", "{}", "no 'seed' in it; expected a tuned adapter"),
+    ("again", f"{LM}/fingerprint.json", "", "fingerprint.json: not JSON"),
+    ("again", f"{LM}/fingerprint.json", "{}", "no 'fingerprint' in it; expected an embedded LM"),
+    ("collate", "run/results.json", None, "results.json: no such file; expected the results of a finished run"),
+    ("collate", "run/results.json", "", "results.json: not JSON"),
+    ("collate", "run/results.json", {"rows": None}, "results.json: no rows with the four splits"),
+    ("collate", "run/results.json", row(train_forget={"n": 1}), "results.json: no rows with the four splits"),
+    ("ask", "run/results.json", {"rows": []}, "has no finished spul row"),
+    ("ask", "run/args.json", "{", "args.json: not JSON"),
+    ("ask", "run/args.json", "{}", "args.json: no 'dataset' in it; expected the settings of a run"),
+    ("ask", "run/args.json", {"device": "abacus"}, "--device abacus: no such device here"),
+    ("ask", "run/args.json", {"dataset": "imdb"}, "unknown dataset 'imdb'"),
+    ("ask", "run/base-seed0.json", None, "base-seed0.json: no such file; expected the base model's place"),
+    ("ask", "run/base-seed0.json", {"lm": "nowhere"}, "nowhere/config.json: no such file"),
+    ("ask", "run/base-seed0.json", "{}", "base-seed0.json: no 'lm' in it"),
+]
+
+
+@pytest.mark.parametrize("command, file, content, message", SPOILT, ids=[f"{f.split('/')[-1]}: {m[:50]}" for _, f, _, m in SPOILT])
+def test_a_spoilt_file_is_one_line_that_says_what_was_found_and_exit_status_2(left, command, file, content, message, capfd):
+    spoil(left / file, content)
+    assert data.run_cli(lambda: COMMANDS[command](left)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and message in error and error.startswith("error: ")
+    assert not [name for name in all_files(left) if name.endswith((".part", ".tmp"))]
+
+
+def spoil(path, content):
+    """None: gone; a dict: JSON with these keys changed; text or bytes; or a function that does it."""
+    if content is None:
+        path.unlink()
+    elif callable(content):
+        content(path)
+    else:
+        content = json.dumps({**json.loads(path.read_text()), **content}) if isinstance(content, dict) else content
+        path.write_bytes(content.encode() if isinstance(content, str) else content)

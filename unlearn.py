@@ -403,7 +403,7 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
 def adapter_place(dir, seed):
     """A run's first seed has RUN/adapter, every other RUN/adapter-seedN."""
     note = Path(dir, "adapter", "fingerprint.json")
-    taken = note.is_file() and read_json(note, "a tuned adapter").get("seed") != seed
+    taken = note.is_file() and read_json(note, "a tuned adapter", ["seed"])["seed"] != seed
     return f"adapter-seed{seed}" if taken else "adapter"
 
 
