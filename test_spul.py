@@ -5,11 +5,16 @@
 """
 import ast
 import csv
+import errno
 import functools
+import itertools
 import json
 import os
+import pickle
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test looks anything up
@@ -1257,8 +1263,8 @@ COMMANDS = {
     "adapt": lambda dir: lora.load_adapter(model.load_model(dir / "cache/lm-toy", "fp32"), dir / "run/adapter"),
     "prompt": lambda dir: soft_prompt.load_prompt(dir / "run/prompt", 32),
     "encoder": lambda dir: soft_prompt.load_encoder(dir / "run/prompt"),
-    "again": lambda dir: unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / "run")]),
-    "go on": lambda dir: unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / "cut")]),
+    **{name: lambda dir, out=out: unlearn.main([*FLAGS, "--cache", str(dir / "cache"), "--out", str(dir / out)])
+       for name, out in (("again", "run"), ("go on", "cut"), ("anew", "new"))},
     "collate": lambda dir: evaluate.main([str(dir / "run")]),
     "ask": lambda dir: evaluate.main([str(dir / "run"), "--ask", "a dull comedy"]),
     "read": lambda dir: data.main(["--dataset", "splits", "--data-dir", str(dir)]),
@@ -1460,3 +1466,270 @@ def spoil(path, content):
     else:
         content = json.dumps({**json.loads(path.read_text()), **content}) if isinstance(content, dict) else content
         path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+class Sneaky:
+    """Unpickled by a bare pickle.load, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("form", ["as torch.save writes it", "a bare pickle"])
+@pytest.mark.parametrize("command, file", [("load", f"{LM}/pytorch_model.bin"), ("prompt", "run/prompt/adapter_model.bin"),
+                                           ("adapt", "run/adapter/adapter_model.bin"), ("go on", SPUL_STATE)])
+def test_code_hidden_in_a_pickle_never_runs(left, command, file, form, capfd):
+    pickled({})(left / file)
+    value = {"fingerprint": Sneaky(left / "ran"), "model.norm.weight": Sneaky(left / "ran")}
+    torch.save(value, left / file) if form.startswith("as") else (left / file).write_bytes(pickle.dumps(value, 2))
+    assert data.run_cli(lambda: COMMANDS[command](left)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and Path(file).name in error and not (left / "ran").exists()
+    torch.load(left / file, weights_only=False) if form.startswith("as") else pickle.loads((left / file).read_bytes())
+    assert (left / "ran").exists()  # the trap was set
+
+
+def nth_step(n, act, monkeypatch):
+    """Calls act() at the n-th logged step of spul."""
+    true, count = unlearn.Run.log, itertools.count(1)
+
+    def log(run, stage, *rest):
+        if stage.startswith("spul") and next(count) == n:
+            act()
+        true(run, stage, *rest)
+    monkeypatch.setattr(unlearn.Run, "log", log)
+
+
+def test_an_interrupt_is_one_line_and_exit_status_130_and_the_run_goes_on(left, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        nth_step(11, lambda: signal.raise_signal(signal.SIGINT), patch)
+        assert data.run_cli(lambda: COMMANDS["anew"](left)) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from the last finished epoch\n"
+    COMMANDS["anew"](left)
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert results(left / "new") == results(left / "run") and logged(left / "new/log.csv") == logged(left / "run/log.csv")
+
+
+def test_a_torn_row_of_the_log_is_dropped(left):
+    with open(left / "cut/log.csv", "a") as file:
+        file.write(f"{CELLS[1]},2/2,9,1.")
+    COMMANDS["go on"](left)
+    assert logged(left / "cut/log.csv") == logged(left / "run/log.csv")
+
+
+@pytest.mark.parametrize("sick", ["the loss", "a gradient of the first of two batches"])
+def test_nan_stops_at_its_step_and_keeps_the_last_good_state(run_micro, monkeypatch, capsys, tmp_path, sick):
+    """The epoch's last step is the 8th: after it, weights of NaN would be kept as a finished epoch's."""
+    flags, count = ["--accumulate", "2"], itertools.count(1)
+    whole_run = results(run_micro("whole", *flags))
+    loss = unlearn.METHODS["spul"].loss
+
+    def nan(*args, **options):
+        value, parts = loss(*args, **options)
+        return value * (float("nan") if next(count) == (16 if sick == "the loss" else 15) else 1), parts
+    with monkeypatch.context() as patch:
+        patch.setitem(unlearn.METHODS, "spul", unlearn.METHODS["spul"]._replace(loss=nan))
+        assert data.run_cli(lambda: run_micro("cut", *flags)) == 2
+    assert re.fullmatch(r"error: spul.*: the loss is .* and its gradient nan at step 8; lower the learning rate. The last "
+                        r"finished epoch is kept in .*\n", capsys.readouterr().err)
+    state, = (tmp_path / "cut").glob("state-*")
+    assert torch.load(state)["epoch"] == 1 and all(w.isfinite().all() for w in torch.load(state)["params"])
+    assert results(run_micro("cut", *flags)) == whole_run
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "torch.save", "save_file"])
+def test_a_full_disk_loses_nothing_already_saved(left, monkeypatch, capsys, call):
+    place, name, full = {"fsync": (os, "fsync", OSError(errno.ENOSPC, "No space left on device")),
+                         "replace": (os, "replace", OSError(errno.ENOSPC, "No space left on device")),
+                         "torch.save": (torch, "save", RuntimeError("PytorchStreamWriter failed writing file")),
+                         "save_file": (soft_prompt, "save_file", SafetensorError("No space left on device"))}[call]
+    with monkeypatch.context() as patch:
+        def fill():
+            def fail(*args, **options):
+                raise full
+            patch.setattr(place, name, fail)
+        nth_step(11, fill, patch)
+        assert data.run_cli(lambda: COMMANDS["anew"](left)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(full) in error and "what stood there before still does" in error
+    assert not [name for name in all_files(left) if name.endswith(".part")] and len(results(left / "new")) == 2
+    COMMANDS["anew"](left)
+    assert results(left / "new") == results(left / "run") and "going on after epoch" in capsys.readouterr().out
+
+
+def test_a_stale_cache_is_made_anew_and_says_so_even_when_that_is_cut_off(left, monkeypatch, capsys):
+    other = {**MICRO, "std": 0.03}
+    monkeypatch.setitem(unlearn.RECIPES, "toy", other)
+    with monkeypatch.context() as patch:
+        def stop(*args):
+            raise KeyboardInterrupt
+        patch.setattr(unlearn, "save_model", stop)
+        assert data.run_cli(lambda: COMMANDS["anew"](left)) == 130
+    assert f"{left / LM} was made from other texts or settings; it is made anew" in capsys.readouterr().out
+    monkeypatch.setitem(unlearn.RECIPES, "toy", MICRO)  # the old LM with the new one's tokenizer is no LM of either recipe
+    COMMANDS["anew"](left)
+    out = capsys.readouterr().out
+    assert "the embedded LM is in" not in out and "state-1.pt was made with other settings; this stage starts anew" in out
+    assert results(left / "new") == results(left / "run")
+
+
+@pytest.mark.parametrize("flags, dropped", [
+    (["--epochs", "1"], ["spul-s0-f1-lr0.005-a1-b1-p4"]),
+    (["--rank", "2", "--alpha", "0.5"], ["vanilla-s0", "qlora-s0", "spul-s0-f1-lr0.005-a1-b1-p4"])])
+def test_rows_of_other_settings_are_dropped_by_name_before_their_files_are_written_anew(left, monkeypatch, capsys, flags, dropped):
+    run = ["--cache", str(left / "cache"), "--out", str(left / "run")]
+    unlearn.main([*FLAGS, *run, "--seed", "1"])
+    before = results(left / "run")
+    capsys.readouterr()
+
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(unlearn, "save_prompt", stop)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn.main([*FLAGS, *run, *flags])
+    out = capsys.readouterr().out
+    for cell in dropped:
+        assert f"{cell} in {left / 'run/results.json'} was made with other settings; its row is dropped" in out
+    after = results(left / "run")
+    assert [row for row in before if row["seed"] == 1] == [row for row in after if row["seed"] == 1]
+    assert not [row for row in after if row["cell"] == "spul-s0-f1-lr0.005-a1-b1-p4"]
+    assert out.count("its row is dropped") == len(dropped)
+
+
+def test_an_adapter_that_is_made_anew_never_passes_for_the_old_one(left, monkeypatch):
+    run, true = ["--cache", str(left / "cache"), "--out", str(left / "run")], unlearn.write_json
+
+    def stop(path, value):
+        if path.parent.name == "adapter":
+            raise KeyboardInterrupt
+        true(path, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn, "write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn.main([*FLAGS, *run, "--qlora-lr", "0.1"])
+    first = results(left / "cut")
+    unlearn.main([*FLAGS, *run])
+    assert results(left / "run")[:2] == first[:2]
+    wanted, found = (load_file(left / name / "adapter/adapter_model.safetensors") for name in ("cut", "run"))
+    assert all(torch.equal(w, found[name]) for name, w in wanted.items())
+
+
+# ------------------------------------------------------------------------------------------------- anything at all
+
+def anything(*strategies, examples=40):
+    """The test is given values of hypothesis' strategies, the same ones each time; without hypothesis it is skipped."""
+    def wrap(test):
+        try:
+            import hypothesis
+        except ImportError:
+            return pytest.mark.skip(reason="hypothesis is not installed: nothing to try")(lambda: None)
+        st = hypothesis.strategies
+        quiet = hypothesis.settings(max_examples=examples, deadline=None, database=None, derandomize=True,
+                                    suppress_health_check=list(hypothesis.HealthCheck))
+        return quiet(hypothesis.given(*(make(st) for make in strategies))(test))
+    return wrap
+
+
+def only_documented(call, *args):
+    """-> what the call gives, or None after a ValueError or OSError of one line; any other error fails the test."""
+    try:
+        return call(*args)
+    except (ValueError, OSError) as error:
+        assert str(error) and "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def scratch(left_behind, tmp_path_factory):
+    return shutil.copytree(left_behind, tmp_path_factory.mktemp("scratch"), dirs_exist_ok=True)
+
+
+@anything(lambda st: st.text(max_size=40), examples=300)
+def test_tokenizers_take_any_string(scratch, text):
+    for tokenizer in (data.load_tokenizer(scratch / LM), data.load_tokenizer(scratch / "opt")):
+        ids = only_documented(tokenizer.encode, text)
+        assert ids and all(0 <= i < tokenizer.size for i in ids) or re.search("[\ud800-\udfff]", text)
+
+
+def a_file(st):
+    """Any bytes, or what begins like rows and goes on with the characters that readers stumble over."""
+    start = st.sampled_from([b"", b"text,label\n", b"text\tlabel\n", b'{"text": "a", "label": "b"}\n', b'[{"text": "a", "label": "b"},'])
+    odd = st.text('"\',\t\r\n[]{}:019aeEN-\\u\0\ufeff\u2028', max_size=40).map(str.encode)
+    return st.builds(bytes.__add__, start, st.binary(max_size=40) | odd)
+
+
+@anything(lambda st: st.sampled_from(["tsv", "csv", "json", "jsonl"]), a_file, examples=400)
+def test_readers_take_any_bytes(scratch, suffix, content):
+    path = scratch / f"any.{suffix}"
+    path.write_bytes(content)
+    for line, row in only_documented(data.read_rows, path, ("text", "label")) or []:
+        assert line >= 1 and {"text", "label"} <= row.keys()
+        only_documented(data.text_of, path, line, row, "text")
+
+
+def load_any(scratch, name):
+    """What reads the file of this name in a scratch directory."""
+    {"config.json": lambda: model.load_model(scratch / LM), "model.safetensors": lambda: model.load_model(scratch / LM),
+     "pytorch_model.bin": lambda: model.read_tensors(scratch / LM / name),
+     "adapter_config.json": lambda: (only_documented(soft_prompt.load_prompt, scratch / "run/prompt", 32), COMMANDS["adapt"](scratch)),
+     }[name]()
+
+
+def places(scratch, name):
+    return [scratch / "run/adapter" / name, scratch / "run/prompt" / name] if "adapter" in name else [scratch / LM / name]
+
+
+@anything(lambda st: st.sampled_from(["config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json"]),
+          lambda st: st.binary(max_size=80), lambda st: st.integers(0, 10 ** 6), lambda st: st.booleans(), examples=150)
+def test_loading_takes_any_bytes_and_files_with_any_bytes_changed(scratch, name, content, at, whole_file):
+    if name == "pytorch_model.bin":
+        torch.save({"a": torch.ones(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}, scratch / LM / name)
+    before = [(path, path.read_bytes()) for path in places(scratch, name)]
+    try:
+        for path, old in before:
+            at %= min(len(old), 4000)  # where the header of a safetensors file is
+            path.write_bytes(content if whole_file else old[:at] + content + old[at + len(content):])
+        only_documented(load_any, scratch, name)
+    finally:
+        for path, old in before:
+            path.write_bytes(old)
+
+
+def json_values(st):
+    return st.none() | st.booleans() | st.sampled_from([-1, 0, 1, 2, 3, 32, 2 ** 24, 10 ** 30, 0.5, 1e300, float("nan")]) | st.text(
+        max_size=3) | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+
+
+CONFIG_KEYS = [*model.SIZES, *model.ONLY["llama"], *model.ONLY["opt"], "model_type", "rope_parameters", "rope_theta", "rms_norm_eps",
+               "do_layer_norm_before", "ffn_dim", "quantization_config"]
+ADAPTER_KEYS = ["peft_type", "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights", "target_modules", "num_virtual_tokens",
+                "num_transformer_submodules", "use_dora", "token_dim"]
+
+
+@anything(lambda st: st.dictionaries(st.sampled_from(CONFIG_KEYS), json_values(st), max_size=4).map(lambda d: ("config.json", d)) |
+          st.dictionaries(st.sampled_from(ADAPTER_KEYS), json_values(st), max_size=3).map(lambda d: ("adapter_config.json", d)),
+          examples=150)
+def test_configs_take_any_values(scratch, change):
+    name, values = change
+    before = [(path, path.read_bytes()) for path in places(scratch, name)]
+    try:
+        for path, _ in before:
+            spoil(path, values)
+        only_documented(load_any, scratch, name)
+    finally:
+        for path, old in before:
+            path.write_bytes(old)
+
+
+@anything(lambda st: st.lists(st.integers(1, 14), min_size=1, max_size=3),
+          lambda st: st.lists(st.floats(-2.0 ** 120, 2.0 ** 120, width=32, allow_subnormal=False), min_size=1, max_size=150), examples=100)
+def test_nf4_comes_back_within_half_a_gap_and_a_second_time_unchanged(shape, values):
+    n = int(np.prod(shape))
+    w = torch.tensor((values * n)[:n]).view(shape)
+    packed, absmax = model.quantize_nf4(w)
+    again = model.dequantize_nf4(packed, absmax, w.shape)
+    half_gap = (model.NF4[1:] - model.NF4[:-1]).max() / 2
+    assert ((again - w).abs().view(-1) <= (half_gap + 1e-6) * absmax.repeat_interleave(64)[:n]).all()
+    assert all(map(torch.equal, model.quantize_nf4(again), (packed, absmax)))
