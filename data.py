@@ -43,7 +43,7 @@ class LlamaTokenizer:
             raise ValueError(f"{path}: not a sentencepiece model; expected LLaMA's tokenizer.model") from None
         self.size, self.files = self.pieces.vocab_size(), [Path(path)]
         if self.pieces.bos_id() < 0:
-            raise ValueError(f"{path}: no token for the beginning of a text; expected LLaMA's tokenizer.model, which has <s>")
+            raise ValueError(f"{path}: no token <s> for the beginning of a text; expected LLaMA's tokenizer.model")
 
     def encode(self, text):  # as bytes: sentencepiece ends with no error of ours at half a surrogate pair
         if text[:1] in (" ", "\u2581"):  # sentencepiece would put its own space before; transformers 5 does not
@@ -207,7 +207,7 @@ def encode_splits(tokenizer, task, splits, max_len):
     tokens = label_tokens(tokenizer, task, next(e.text for s in SPLITS for e in splits[s]))
     odd = {e.label for s in SPLITS for e in splits[s]} - set(task.labels)
     if odd:
-        raise ValueError(f"label {min(odd)!r} occurs in the data; expected one of {', '.join(task.labels)}: name all with --labels")
+        raise ValueError(f"label {min(odd)!r} occurs in the data; expected {', '.join(task.labels)}: see --labels")
     return {name: [Prompt(encode_prompt(tokenizer, task, e.text, max_len), tokens[e.label], name.endswith("forget"))
                    for e in splits[name]] for name in SPLITS}
 

@@ -236,7 +236,8 @@ def load_run(run, cell=None):
     """Run directory -> Loaded: the first spul cell, or the named one. ValueError or OSError, in one line, if torn."""
     run = Path(run)
     args = SimpleNamespace(**read_json(run / "args.json", "the settings of a run of unlearn.py", [
-        "dataset", "data_dir", "weights", "dtype", "device", "max_train", "max_test", "max_len", "labels", "generic", "template"]))
+        "dataset", "data_dir", "weights", "dtype", "device", "max_train", "max_test", "max_len", "labels", "generic",
+        "template"]))
     check_device(args.device)
     rows = [row for row in load_rows([run]) if row["method"] == "spul" and cell in (None, row["cell"]) and "files" in row]
     if not rows:

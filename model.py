@@ -365,9 +365,15 @@ def whole(path):
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # the latter two are what torch and safetensors make of a full disk
+    except (OSError, RuntimeError, SafetensorError) as e:  # the last two: what torch and safetensors make of a full disk
         raise OSError(f"{path}: not written ({f'{e}'.splitlines()[0]}); what stood there before still does") from None
     finally:
+        part.unlink(missing_ok=True)
+
+
+def sweep(dir):
+    """Removes what a run that was killed as it wrote has left half written in dir, and in the directories there."""
+    for part in [*Path(dir).glob(".*.part"), *Path(dir).glob("*/.*.part")]:
         part.unlink(missing_ok=True)
 
 
@@ -378,7 +384,7 @@ def write_json(path, value):
 
 
 def read_json(path, expected, keys=()):
-    """-> the JSON object in `path`, with these keys. ValueError or OSError, in one line, when there is none; `expected` says what."""
+    """-> the JSON object in `path`, with these keys. ValueError or OSError, in one line, without; `expected`: what it is."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {expected}")
@@ -484,7 +490,7 @@ def read_tensors(path):
         return tensor
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; an index beside it, or this program, expects it: was a download cut off?")
+        raise FileNotFoundError(f"{path}: no such file, but one beside it asks for it; was a download cut off?")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:

@@ -30,7 +30,7 @@ import data
 import evaluate
 from baselines import cross_entropy, kl_divergence
 from lora import add_lora, load_adapter, merge_lora, save_adapter
-from model import Config, build, check_device, load_model, read_json, save_model, whole, write_json
+from model import Config, build, check_device, load_model, read_json, save_model, sweep, whole, write_json
 from soft_prompt import PromptEncoder, prompt_kv, save_prompt
 
 
@@ -106,8 +106,8 @@ def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, 
             sum_gradients(params)
             norm, step = torch.nn.utils.clip_grad_norm_(params, clip), step + 1
             if not (loss.isfinite() & norm.isfinite()):  # no such step reaches the weights, nor what `keep` writes
-                raise ValueError(f"{stage}: the loss is {loss.item():g} and its gradient {norm.item():g} at step {step}; lower "
-                                 f"the learning rate. The last finished epoch is kept in {run.dir}")
+                raise ValueError(f"{stage}: at step {step} the loss is {loss.item():g}, its gradient {norm.item():g} long; "
+                                 f"lower the learning rate (the last finished epoch is kept in {run.dir})")
             optimizer.step()
             optimizer.zero_grad()
             seconds, tokens = seconds + time.perf_counter() - began, tokens + accumulate * batch[0].numel()
@@ -172,31 +172,26 @@ class Run:
         if self.results.is_file():
             self.cells = {row["cell"]: row for row in evaluate.read_rows(dir)}
         if is_main():
-            for part in [*self.dir.glob(".*.part"), *self.dir.glob("*/.*.part")]:  # of a run that was killed as it wrote
-                part.unlink()
+            sweep(self.dir)
             write_json(self.dir / "args.json", self.args)
 
     def rewind(self, stage, step):
         """Drops what log.csv holds of this stage after `step`, of an epoch cut off or of other settings, and a torn row."""
-        file = self.dir / "log.csv"
-        if is_main() and file.is_file():
-            with open(file, newline="", errors="replace") as f:
-                rows = [row for row in csv.reader(f) if len(row) == len(COLUMNS) and (row[0] != stage or int(row[2]) <= step)]
-            with whole(file) as part, open(part, "w", newline="") as f:
-                csv.writer(f).writerows(rows)
+        if is_main():
+            (self.dir / "log.csv").touch()
+            with open(self.dir / "log.csv", newline="", errors="replace") as f:
+                rows = [row for row in csv.reader(f) if len(row) == len(COLUMNS)]
+            with whole(self.dir / "log.csv") as part, open(part, "w", newline="") as f:
+                csv.writer(f).writerows([row for row in rows if row[0] != stage or int(row[2]) <= step] or [COLUMNS])
 
     def log(self, stage, epoch, step, steps, loss, parts, lr, seconds):
         """One line of log.csv for each step, and of the screen every so often."""
         loss, parts = loss.item(), {k: v.item() for k, v in parts.items()}
         if not is_main():
             return
-        file = self.dir / "log.csv"
-        with open(file, "a", newline="") as f:
-            writer = csv.writer(f)
-            if f.tell() == 0:
-                writer.writerow(COLUMNS)
-            writer.writerow([stage, epoch, step, f"{loss:.6g}", *(f"{parts[k]:.6g}" if k in parts else "" for k in
-                             ("L_f", "L_r", "L_kl")), f"{lr:.3e}", f"{1000 * seconds:.0f}"])
+        with open(self.dir / "log.csv", "a", newline="") as f:
+            csv.writer(f).writerow([stage, epoch, step, f"{loss:.6g}", *(f"{parts[k]:.6g}" if k in parts else "" for k in
+                                    ("L_f", "L_r", "L_kl")), f"{lr:.3e}", f"{1000 * seconds:.0f}"])
         if step % self.every == 0 or step == steps:
             terms = " + ".join(f"{self.factors[k]:g} {k} {v:.3f}" if k in self.factors else f"{k} {v:.3f}"
                                for k, v in parts.items())
@@ -208,11 +203,13 @@ class Run:
         """Adds a row to results.json and prints it as a line of Table 2."""
         self.cells[cell] = {"cell": cell, "fingerprint": fingerprint, **row}
         self.write()
-        (self.dir / f"state-{cell}.pt").unlink(missing_ok=True)
 
     def write(self):
+        """results.json; then the training states of its rows have served."""
         if is_main():
             write_json(self.results, {"args": self.args, "rows": list(self.cells.values())})
+            for cell in self.cells:
+                (self.dir / f"state-{cell}.pt").unlink(missing_ok=True)
 
     def finished(self, cell, fingerprint):
         """The row of this cell, if an earlier run with the same settings has it; a row of other settings is dropped."""
@@ -499,7 +496,8 @@ def run_seed(seed, args, run):
     model = load_model(lm, args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     model.checkpointing = args.checkpointing
     if tokenizer.size > model.config.vocab_size:
-        raise ValueError(f"{lm}: {tokenizer.size} tokens in the tokenizer, {model.config.vocab_size} in config.json; do they belong together?")
+        raise ValueError(f"{lm}: {tokenizer.size} tokens in the tokenizer, {model.config.vocab_size} in config.json; "
+                         "do they belong together?")
     prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
     tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
     common = fingerprint_of(Path(lm, "config.json").read_text(), splits, task, {k: getattr(args, k) for k in (
