@@ -366,7 +366,8 @@ def whole(path):
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError, SafetensorError) as e:  # the last two: what torch and safetensors make of a full disk
-        raise OSError(f"{path}: not written ({f'{e}'.splitlines()[0]}); what stood there before still does") from None
+        reason = str(e).partition("\n")[0]
+        raise OSError(f"{path}: not written ({reason}); is the disk full? What stood there before still does") from None
     finally:
         part.unlink(missing_ok=True)
 

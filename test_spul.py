@@ -1417,6 +1417,7 @@ SPOILT = [  # the command, the file, its new content (dict: changed keys), a par
     ("adapt", "run/adapter/adapter_config.json", {"r": 0}, "r 0, lora_alpha"),
     ("adapt", "run/adapter/adapter_config.json", {"r": 10 ** 12}, "this model and r ask for [(1000000000000, "),
     ("adapt", "run/adapter/adapter_config.json", {"lora_alpha": float("inf")}, "lora_alpha inf"),
+    ("adapt", "run/adapter/adapter_config.json", {"lora_alpha": 10 ** 400}, "lora_alpha 1000"),
     ("adapt", "run/adapter/adapter_config.json", {"lora_dropout": 1.5}, "lora_dropout 1.5"),
     ("adapt", ADAPTER, None, "no adapter_model.safetensors or adapter_model.bin"),
     ("adapt", ADAPTER, cut, "adapter_model.safetensors: torn"),
@@ -1564,7 +1565,7 @@ def test_a_full_disk_loses_nothing_already_saved(left, monkeypatch, capsys, call
         nth_step(6, fill, patch)
         assert data.run_cli(lambda: COMMANDS["anew"](left)) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and str(full) in error and "what stood there before still does" in error
+    assert error.count("\n") == 1 and str(full) in error and "is the disk full? What stood there before still does" in error
     assert not [name for name in all_files(left) if name.endswith(".part")] and len(results(left / "new")) == 2
     COMMANDS["anew"](left)
     assert results(left / "new") == results(left / "run") and "going on after epoch" in capsys.readouterr().out
