@@ -1643,7 +1643,9 @@ def anything(*strategies, examples=40):
         try:
             import hypothesis
         except ImportError:
-            return pytest.mark.skip(reason="hypothesis is not installed: nothing to try")(lambda: None)
+            def skipped():
+                pytest.skip("hypothesis is not installed: nothing to try")
+            return skipped
         st = hypothesis.strategies
         quiet = hypothesis.settings(max_examples=examples, deadline=None, database=None, derandomize=True,
                                     suppress_health_check=list(hypothesis.HealthCheck))
@@ -1736,8 +1738,8 @@ KEYS = {"config.json": [*model.SIZES, *model.ONLY["llama"], *model.ONLY["opt"], 
                                 "target_modules", "num_virtual_tokens", "num_transformer_submodules", "use_dora"]}
 
 
-@pytest.mark.parametrize("name", KEYS)
 @anything(lambda st: st.data(), examples=50)
+@pytest.mark.parametrize("name", KEYS)
 def test_configs_take_any_values(scratch, name, draw):
     st = pytest.importorskip("hypothesis.strategies")
     values = draw.draw(st.dictionaries(st.sampled_from(KEYS[name]), json_values(st), max_size=4))
