@@ -42,11 +42,13 @@ class LlamaTokenizer:
         except (RuntimeError, OSError):
             raise ValueError(f"{path}: not a sentencepiece model; expected LLaMA's tokenizer.model") from None
         self.size, self.files = self.pieces.vocab_size(), [Path(path)]
+        if self.pieces.bos_id() < 0:
+            raise ValueError(f"{path}: no token <s> for the beginning of a text; expected LLaMA's tokenizer.model")
 
-    def encode(self, text):
+    def encode(self, text):  # as bytes: sentencepiece ends with no error of ours at half a surrogate pair
         if text[:1] in (" ", "\u2581"):  # sentencepiece would put its own space before; transformers 5 does not
-            return [self.pieces.bos_id(), *(self.pieces.encode(text[1:]) or [self.pieces.piece_to_id("\u2581")])]
-        return [self.pieces.bos_id(), *self.pieces.encode(text)]
+            return [self.pieces.bos_id(), *(self.pieces.encode(text[1:].encode()) or [self.pieces.piece_to_id("\u2581")])]
+        return [self.pieces.bos_id(), *self.pieces.encode(text.encode())]
 
     def piece(self, i):
         return self.pieces.id_to_piece(int(i))
@@ -84,15 +86,18 @@ class OPTTokenizer:
         try:
             self.ids = json.loads(self.files[0].read_text(encoding="utf-8"))
             lines = self.files[1].read_text(encoding="utf-8").split("\n")
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{dir}: vocab.json or merges.txt is damaged ({e}); expected OPT's byte-level BPE") from None
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         self.letters = _byte_letters()
         if not isinstance(self.ids, dict) or any(len(m) != 2 for m in merges) or "</s>" not in self.ids:
             raise ValueError(f"{dir}: expected a vocab.json with '</s>' and a merges.txt of pairs, as OPT's are")
         for token in (*self.letters.values(), *("".join(m) for m in merges)):
-            if type(self.ids.get(token)) is not int:
+            if token not in self.ids:
                 raise ValueError(f"{dir}: vocab.json lacks the token {token!r}; does it belong to merges.txt?")
+        for token, i in self.ids.items():
+            if type(i) is not int or not 0 <= i < 2 ** 24:
+                raise ValueError(f"{dir}: vocab.json numbers the token {token!r} {i!r:.40}; expected a whole number from 0")
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.size, self.names = max(self.ids.values()) + 1, {i: t for t, i in self.ids.items()}
         self.word = functools.lru_cache(2 ** 16)(self._word)
@@ -173,6 +178,8 @@ def label_tokens(tokenizer, task, text):
 def task_of(args):
     """The dataset's task, with whatever --labels, --generic and --template put in its place."""
     task = TASKS[args.dataset]
+    if args.template and not re.fullmatch(r"([^{}]|{{|}})*{text}([^{}]|{{|}})*{label}", args.template):
+        raise ValueError(f"--template {args.template!r}; expected one {{text}}, and {{label}} at its end")
     return Task(args.template or task.template, tuple(args.labels or task.labels), tuple(args.generic or task.generic))
 
 
@@ -198,6 +205,9 @@ def encode_prompt(tokenizer, task, text, max_len):
 def encode_splits(tokenizer, task, splits, max_len):
     """{split: [Example]} -> {split: [Prompt]}."""
     tokens = label_tokens(tokenizer, task, next(e.text for s in SPLITS for e in splits[s]))
+    odd = {e.label for s in SPLITS for e in splits[s]} - set(task.labels)
+    if odd:
+        raise ValueError(f"label {min(odd)!r} occurs in the data; expected {', '.join(task.labels)}: see --labels")
     return {name: [Prompt(encode_prompt(tokenizer, task, e.text, max_len), tokens[e.label], name.endswith("forget"))
                    for e in splits[name]] for name in SPLITS}
 
@@ -858,7 +868,9 @@ def run_cli(main):
     """Runs a command line: what the user can mend is one line and exit status 2, an interrupt 130."""
     try:
         return main() or 0
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:  # on a CPU, PyTorch knows no error of its own for it
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
         print("error: out of memory; lower --batch (and raise --accumulate), --max-len or --p, or add --checkpointing",
               file=sys.stderr)
     except (ValueError, OSError) as error:

@@ -20,8 +20,8 @@ from sklearn.preprocessing import StandardScaler
 
 import data
 from baselines import cross_entropy
-from lora import load_adapter
-from model import load_model, read_json, whole, write_json
+from lora import load_adapter, merge_lora
+from model import check_device, load_model, read_json, whole, write_json
 from soft_prompt import PromptEncoder, load_prompt, prompt_kv
 
 
@@ -97,15 +97,20 @@ def table2(rows):
     return "\n".join(lines)
 
 
+def read_rows(run):
+    """A run directory -> the rows of its results.json."""
+    rows = read_json(Path(run) / "results.json", "the results of a finished run of unlearn.py").get("rows")
+    if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and isinstance(row.get("cell"), str) and {"method", "seed"} <= row.keys() and
+            all(isinstance(row.get(s), dict) and {"n", "acc", "f1"} <= row[s].keys() for s in data.SPLITS) for row in rows):
+        raise ValueError(f"{run}/results.json: no rows with the four splits; expected what unlearn.py writes")
+    return rows
+
+
 def load_rows(runs):
     """Run directories -> the rows of their results.json, each with the run's path in row["run"]."""
-    rows = []
-    for run in runs:
-        found = read_json(Path(run) / "results.json", "the results of a finished run of unlearn.py").get("rows")
-        if not isinstance(found, list) or not all(isinstance(r, dict) and set(data.SPLITS) <= r.keys() for r in found):
-            raise ValueError(f"{run}/results.json: no rows with the four splits; expected what unlearn.py writes")
-        rows += [{**row, "run": str(run)} for row in found + [row for one in audits(run).values() for row in one["rows"]]]
-    return rows
+    return [{**row, "run": str(run)} for run in runs
+            for row in read_rows(run) + [row for one in audits(run).values() for row in one["rows"]]]
 
 
 def over_seeds(rows):
@@ -264,25 +269,24 @@ class Loaded(NamedTuple):
     row: dict
 
 
-def load_base(run, seed, args):
+def load_base(run, seed, args, merged=None):
     """-> the directory of a run's pretrained LM, and that LM with the adapter that QLoRA gave it, frozen."""
-    notes = read_json(Path(run) / f"base-seed{seed}.json", "the base model's place")
+    notes = read_json(Path(run) / f"base-seed{seed}.json", "the base model's place", ["lm", "adapter"])
     model = load_model(notes["lm"], args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    return notes["lm"], adapted(model, Path(run) / notes["adapter"])
-
-
-def adapted(model, dir):
-    """The model with an adapter put on, frozen and in eval mode."""
-    load_adapter(model, dir)
-    return model.requires_grad_(False).eval()
+    load_adapter(model, Path(run) / notes["adapter"])
+    model = merge_lora(model) if (args.merged if merged is None else merged) else model
+    return notes["lm"], model.requires_grad_(False).eval()
 
 
 def load_run(run, cell=None, seed=None):
     """Run directory -> Loaded: the first spul cell (of a seed), or the named one. ValueError or OSError if torn."""
     run = Path(run)
-    args = SimpleNamespace(**read_json(run / "args.json", "a run directory of unlearn.py"))
-    rows = [row for row in load_rows([run]) if row["method"] == "spul" and cell in (None, row["cell"])
-            and seed in (None, row["seed"])]
+    args = SimpleNamespace(**read_json(run / "args.json", "the settings of a run of unlearn.py", [
+        "dataset", "data_dir", "weights", "dtype", "device", "max_train", "max_test", "max_len", "labels", "generic",
+        "template", "merged"]))
+    check_device(args.device)
+    rows = [row for row in load_rows([run]) if row["method"] == "spul" and "files" in row
+            and cell in (None, row["cell"]) and seed in (None, row["seed"])]
     if not rows:
         raise ValueError(f"{run} has no finished spul row{f' {cell}' if cell else ''}; run unlearn.py --method spul first")
     row = rows[0]
@@ -290,8 +294,8 @@ def load_run(run, cell=None, seed=None):
     phi = load_prompt(run / row["files"], model.embed_tokens.embedding_dim).to(args.device)
     with torch.no_grad():
         prefix = prompt_kv(model, phi)
-    task, tokenizer = data.task_of(args), data.load_tokenizer(lm)
     splits = data.load_splits(args.dataset, args.data_dir, row["seed"], max_train=args.max_train, max_test=args.max_test)
+    task, tokenizer = data.task_of(args), data.load_tokenizer(lm)
     return Loaded(args, lm, model, phi, prefix, tokenizer, task,
                   data.label_tokens(tokenizer, task, splits["train_retain"][0].text), splits,
                   data.encode_splits(tokenizer, task, splits, args.max_len), row)
@@ -445,9 +449,12 @@ def systems(loaded, run, words, retrain):
     for row in load_rows([run]):
         if row["seed"] == loaded.row["seed"] and row.get("files") and row["method"] not in ("spul", *seen):
             seen.add(row["method"])
-            tuned = (load_model(run / row["files"], "fp32", args.device) if args.tune == "full"
-                     else adapted(load_model(loaded.lm, args.weights, args.device, model.embed_tokens.weight.dtype), run / row["files"]))
-            yield row["method"], tuned, None, loaded.prompts
+            if args.tune == "full":
+                tuned = load_model(run / row["files"], "fp32", args.device)
+            else:
+                tuned = load_model(loaded.lm, args.weights, args.device, model.embed_tokens.weight.dtype)
+                load_adapter(tuned, run / row["files"])
+            yield row["method"], tuned.eval(), None, loaded.prompts
     told = loaded.task._replace(template=f"### Ignore: {' '.join(words)}\n\n{loaded.task.template}")
     yield "hard-prompt", model, None, data.encode_splits(loaded.tokenizer, told, loaded.splits, args.max_len)
     torch.manual_seed(loaded.row["seed"])
@@ -505,7 +512,8 @@ def audit_recovery(loaded, run, retrain, rng):
     forget = rng.sample(forget, len(forget))
     half = min(64, len(forget) // 2)
     known, rest = forget[:half], forget[half:] + loaded.prompts["test_forget"]
-    curves = {"spul": relearn(loaded.model, loaded.phi, known, rest, loaded, log),
+    base = load_base(run, loaded.row["seed"], loaded.args, merged=False)[1]  # relearning trains its adapter
+    curves = {"spul": relearn(base, loaded.phi, known, rest, loaded, log),
               "retrain": relearn(retrain, None, known, rest, loaded, log)}
     true, at_random = [q.label for q in known], [loaded.tokens[rng.choice(loaded.task.labels)] for _ in known]
     return {"relearning": curves, "undoing phi": {

@@ -129,8 +129,10 @@ def load_adapter(model, dir):
     if odd:
         raise ValueError(f"{path}: {odd[0]} is {raw[odd[0]]!r}, which is not implemented; expected plain LoRA")
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not isinstance(dropout, (int, float)):
-        raise ValueError(f"{path}: r {rank!r}, lora_alpha {alpha!r}, lora_dropout {dropout!r}; expected numbers, r >= 1")
+    if (type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e12
+            or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1):
+        raise ValueError(f"{path}: r {rank!r}, lora_alpha {alpha!r:.40}, lora_dropout {dropout!r}; expected numbers, r >= 1, "
+                         "a dropout below 1")
     file = next((f for f in (Path(dir) / "adapter_model.safetensors", Path(dir) / "adapter_model.bin") if f.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{dir}: no adapter_model.safetensors or adapter_model.bin; expected PEFT's adapter")
@@ -149,4 +151,6 @@ def load_adapter(model, dir):
             w.data.copy_(load())
         replace_modules(model, lambda name, m: lora if m is base else None)
         params += [lora.lora_A, lora.lora_B]
+    if not params:
+        raise ValueError(f"{file}: no tensors; expected a LoRA pair for each linear map that the adapter changes")
     return params

@@ -379,7 +379,16 @@ def whole(path):
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # the last two: what torch and safetensors make of a full disk
+        reason = str(e).partition("\n")[0]
+        raise OSError(f"{path}: not written ({reason}); is the disk full? What stood there before still does") from None
     finally:
+        part.unlink(missing_ok=True)
+
+
+def sweep(dir):
+    """Removes what a run that was killed as it wrote has left half written in dir, and in the directories there."""
+    for part in [*Path(dir).glob(".*.part"), *Path(dir).glob("*/.*.part")]:
         part.unlink(missing_ok=True)
 
 
@@ -389,8 +398,8 @@ def write_json(path, value):
         part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path, expected):
-    """-> the JSON object in `path`. ValueError or OSError, in one line, when there is none; `expected` says what."""
+def read_json(path, expected, keys=()):
+    """-> the JSON object in `path`, with these keys. ValueError or OSError, in one line, without; `expected`: what it is."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {expected}")
@@ -400,6 +409,9 @@ def read_json(path, expected):
         raise ValueError(f"{path}: not JSON ({e}); expected {expected}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a {type(value).__name__}; expected {expected}, a JSON object")
+    for key in keys:
+        if key not in value:
+            raise ValueError(f"{path}: no {key!r} in it; expected {expected}")
     return value
 
 
@@ -408,9 +420,10 @@ def read_config(dir):
     path = Path(dir) / "config.json"
     raw = read_json(path, "a checkpoint directory in Hugging Face's layout")
     kind = raw.get("model_type")
-    if kind not in ONLY:
+    if kind not in list(ONLY):
         raise ValueError(f"{path}: model_type {kind!r}; only 'llama' and 'opt' are implemented")
-    rope = dict(raw.get("rope_parameters") or {})
+    rope = raw.get("rope_parameters") or {}
+    rope = dict(rope if isinstance(rope, dict) else {"rope_type": rope})
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
         raise ValueError(f"{path}: rope_parameters {raw['rope_parameters']}; only plain rotary positions are implemented")
@@ -442,7 +455,7 @@ def _check_config(path, kind, c):
         if not isinstance(c.get(key, True), bool):
             raise ValueError(f"{path}: {key} is {c[key]!r}; expected true or false")
     H, G, d, D = (c[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"))
-    if H % G or d % 2 and kind == "llama" or kind == "opt" and (H * d != D or G != H):
+    if H % G or d % 2 and kind == "llama" or kind == "opt" and (H * d != D or G != H) or H * d > 2 ** 24:
         raise ValueError(f"{path}: {H} heads and {G} key/value heads of width {d} do not fit a model of width {D}")
 
 
@@ -482,21 +495,28 @@ def read_tensors(path):
     """One .safetensors or .bin file -> {name: (shape, load)} where load() reads that tensor alone."""
     def load(name):
         with safe_open(path, "pt") as f:  # opened anew for each tensor: closing it gives the mapped pages back
-            return f.get_tensor(name)
+            return checked(name, f.get_tensor(name))
+
+    def checked(name, tensor):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinity; is the file damaged?")
+        return tensor
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, but the index names it; the download is incomplete")
+        raise FileNotFoundError(f"{path}: no such file, but one beside it asks for it; was a download cut off?")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
                 return {n: (tuple(f.get_slice(n).get_shape()), lambda n=n: load(n)) for n in f.keys()}
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {n: (tuple(t.shape), lambda t=t: t) for n, t in state.items()}
+        return {str(n): (tuple(t.shape), lambda n=n, t=t: checked(n, t)) for n, t in state.items()}
     except (SafetensorError, RuntimeError, EOFError, AttributeError, ValueError, KeyError) as e:
         reason = str(e).strip().split("\n")[0]
         raise ValueError(f"{path}: torn, foreign or unsafe ({reason}); expected tensors and nothing else") from None
     except Exception as e:  # pickle.UnpicklingError: the file asks for code to be run
-        raise ValueError(f"{path}: refused, it holds more than tensors ({type(e).__name__})") from None
+        raise ValueError(f"{path}: refused, it is torn or holds more than tensors ({type(e).__name__})") from None
 
 
 def find_tensors(dir, model):
@@ -524,6 +544,14 @@ def find_tensors(dir, model):
     return found
 
 
+def check_device(device):
+    """ValueError, in one line, for a device that is not there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device}: no such device here; expected cpu, or cuda where there is a GPU") from None
+
+
 def load_model(dir, weights="nf4", device="cpu", dtype=None):
     """A checkpoint directory in Hugging Face's layout -> a frozen model in eval mode.
 
@@ -545,8 +573,6 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
     for name, (_, load) in sorted(found.items(), key=lambda item: -math.prod(item[1][0])):  # the largest need most room
         layer, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         tensor = load()
-        if not tensor.is_floating_point():
-            raise ValueError(f"{dir}: tensor {name} is {tensor.dtype}; expected float32, float16 or bfloat16")
         if isinstance(layer, Linear4bit) and leaf == "weight":
             layer.packed, layer.absmax = quantize_nf4(tensor.to(device))
         else:

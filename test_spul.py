@@ -2,13 +2,20 @@
 
     python -m pytest                     a test whose peer library or data is not there is skipped, and says so
     SPUL_BIG=1 python -m pytest -k big   also loads checkpoints of the real models' shapes (14 GB of disk, minutes)
+    SPUL_SLOW=1 python -m pytest -k killed   also kills one run at twenty moments (a minute)
 """
 import ast
 import csv
+import errno
 import functools
+import itertools
 import json
 import os
+import pickle
 import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test looks anything up
@@ -1216,6 +1224,21 @@ BAD_COMMANDS = {
     "a text that never fits": (["--max-len", "3"], "--max-len 3 leaves no room"),
     "a target that is not there": (["--targets", "c_attn"], "no linear map is called c_attn"),
     "labels that are no word": (["--labels", "positive", "rather bad"], "expected one"),
+    "a weight that is no number": (["--alpha", "nan"], "--alpha and --beta are 0 or more"),
+    "a negative weight": (["--beta", "-1"], "--alpha and --beta are 0 or more"),
+    "an infinite learning rate": (["--qlora-lr", "inf"], "--qlora-lr inf; expected a number above 0"),
+    "a batch of nothing": (["--batch", "0"], "--batch 0; expected a number above 0"),
+    "a dropout of everything": (["--lora-dropout", "1"], "--lora-dropout 1.0 below 1"),
+    "no threads": (["--threads", "0"], "--threads 0; expected a number above 0"),
+    "no train examples": (["--max-train", "0"], "{'max_train': 0, 'max_test': 32}; expected"),
+    "a device that is not there": (["--device", "cuda:99"], "--device cuda:99: no such device here"),
+    "a device that keeps nothing": (["--device", "meta"], "--device meta: no such device here"),
+    "a template without a text": (["--template", "### Text: {label}"], "expected one {text}, and {label} at its end"),
+    "a template without a label": (["--template", "### Text: {text}"], "expected one {text}, and {label} at its end"),
+    "a template with more": (["--template", "{text} {name} {label}"], "expected one {text}, and {label} at its end"),
+    "a prompt larger than the memory": (["--p", str(10 ** 13)], "out of memory; lower --batch"),
+    "a file where the run directory should be": (["--out", str(ROOT / "model.py")], "model.py"),
+    "a file where the cache should be": (["--cache", str(ROOT / "model.py")], "model.py"),
 }
 
 
@@ -1235,3 +1258,621 @@ def test_modules_import_only_what_the_project_may():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
                 assert {n.partition(".")[0] for n in names} <= allowed | own, f"{name}.py line {node.lineno}"
+
+
+# ------------------------------------------------------------------------------------- nothing lost, nothing silent
+
+# A process of its own, which starts each attempt at a command in a child: the child passes events, and is killed at the
+# one that `moment` is a part of. It prints how each attempt ended, -9 for SIGKILL.
+ATTEMPTS = """
+import json, os, signal, sys, torch._dynamo, data, evaluate, unlearn
+(unlearn.RECIPES["toy"], commands), evaluate.LEARNED = json.loads(sys.argv[1]), -100.0
+
+def attempt(argv, moment):
+    def passing(event):
+        if moment in event:
+            os.kill(os.getpid(), signal.SIGKILL)
+    def before(place, name, describe):
+        true = getattr(place, name)
+        def call(*args):
+            passing(describe(*args))
+            return true(*args)
+        setattr(place, name, call)
+    if moment:
+        before(unlearn.Run, "log", lambda run, stage, epoch, step, *rest: f"{stage} step {step}, not logged")
+        before(unlearn.Run, "finish", lambda run, cell, *rest: f"{cell} evaluated")
+        before(os, "replace", lambda part, path: f"{path} not yet there")
+    sys.stdout = open(os.devnull, "w")
+    os._exit(data.run_cli(lambda: unlearn.main(argv)))
+
+for argv, moments in commands:
+    for moment in [*moments, None]:
+        child = os.fork() or attempt(argv, moment)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+BRIEF = [*FLAGS, "--max-train", "48"]  # 3 steps an epoch of QLoRA, 4 of SPUL
+TWO_STAGES = {**MICRO, "stages": 2 * MICRO["stages"]}
+CELLS = [f"spul-s0-f1-lr0.005-a{alpha}-b1-p4" for alpha in ("0.5", "1")]
+MOMENTS = ["tokenizer.model not yet", "pretraining 1 step 5,", "state-1.pt not yet", "pretraining 2 step 3,",
+           "lm-toy/model.safetensors not yet", "lm-toy/fingerprint.json not yet", "vanilla-s0 evaluated",
+           "qlora-seed0 step 2,", "qlora-seed0 step 5,", "adapter/adapter_model.safetensors not yet",
+           "adapter/fingerprint.json not yet", "qlora-s0 evaluated", f"{CELLS[0]} step 3,", f"{CELLS[0]} step 6,",
+           "prompt/encoder.safetensors not yet", f"{CELLS[0]} evaluated", f"state-{CELLS[1]}.pt not yet",
+           f"{CELLS[1]} step 8,", f"prompt-{CELLS[1]}/adapter_config.json not yet", f"{CELLS[1]} evaluated"]
+
+
+def killed(moments, never, often):
+    """One command: in the directory `never` once, in `often` again and again, killed at each moment, then left to finish."""
+    flags = [*BRIEF, "--alpha", "0.5", "1", "--qlora-epochs", "2"]
+    commands = [([*flags, "--cache", f"{dir}/cache", "--out", f"{dir}/run"], at)
+                for dir, at in ((never, []), (often, moments))]
+    out = subprocess.run([sys.executable, "-c", ATTEMPTS, json.dumps([TWO_STAGES, commands])], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert out.stdout.split() == ["0", *["-9"] * len(moments), "0"] and not out.stderr, out.stdout + out.stderr
+
+
+def all_files(dir):
+    return sorted(str(path.relative_to(dir)) for path in dir.rglob("*"))
+
+
+def logged(file):
+    """log.csv without the times."""
+    with open(file, newline="") as f:
+        return [row[:-1] for row in csv.reader(f)]
+
+
+@pytest.mark.parametrize("moments", [
+    pytest.param([MOMENTS[8], MOMENTS[17], MOMENTS[18]], id="in two second epochs and in a file"),
+    pytest.param(MOMENTS, id="at twenty moments in one run", marks=pytest.mark.skipif(
+        not os.environ.get("SPUL_SLOW"), reason="takes a minute; set SPUL_SLOW=1 to run it"))])
+def test_a_killed_run_goes_on_to_the_same_results_log_and_files(moments, tmp_path):
+    never, often = tmp_path / "never", tmp_path / "often"
+    killed(moments, never, often)
+    assert results(often / "run") == results(never / "run") and len(results(never / "run")) == 4
+    assert all_files(often) == all_files(never) and not re.search(r"\.part|state-", str(all_files(often)))
+    for name in ("run/log.csv", "cache/lm-toy/log.csv"):
+        assert logged(often / name) == logged(never / name)
+    for name in (ADAPTER, ENCODER, WEIGHTS):
+        assert (often / name).read_bytes() == (never / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory):
+    """A directory with what runs leave behind: cache/lm-toy, run (finished), cut (cut off after an epoch of SPUL), opt."""
+    dir, keep = tmp_path_factory.mktemp("left"), unlearn.keep
+
+    def keep_and_stop(state, *rest):
+        keep(state, *rest)
+        if "state-spul" in str(state):
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(unlearn.RECIPES, "toy", MICRO)
+        patch.setattr(evaluate, "LEARNED", -100.0)
+        unlearn.main([*BRIEF, "--cache", str(dir / "cache"), "--out", str(dir / "run")])
+        patch.setattr(unlearn, "keep", keep_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn.main([*BRIEF, "--cache", str(dir / "cache"), "--out", str(dir / "cut")])
+    (dir / "opt").mkdir()
+    letters = {letter: i for i, letter in enumerate(data._byte_letters().values())}
+    (dir / "opt" / "vocab.json").write_text(json.dumps({**letters, "</s>": 256, "ab": 257}))
+    (dir / "opt" / "merges.txt").write_text("#version: 0.2\na b\n")
+    return dir
+
+
+@pytest.fixture
+def left(left_behind, tmp_path, monkeypatch):
+    """A copy of it to spoil."""
+    monkeypatch.setitem(unlearn.RECIPES, "toy", MICRO)
+    monkeypatch.setattr(evaluate, "LEARNED", -100.0)
+    shutil.copytree(left_behind, tmp_path, dirs_exist_ok=True)
+    note = tmp_path / "run" / "base-seed0.json"
+    note.write_text(note.read_text().replace(str(left_behind), str(tmp_path)))
+    return tmp_path
+
+
+COMMANDS = {
+    "load": lambda dir: model.load_model(dir / "cache/lm-toy"),
+    "start": lambda dir: unlearn.main([*BRIEF, "--model", str(dir / "cache/lm-toy"), "--out", str(dir / "new")]),
+    "tokenize": lambda dir: data.load_tokenizer(dir / "cache/lm-toy").encode("a dull comedy"),
+    "tokenize as OPT": lambda dir: data.load_tokenizer(dir / "opt").encode("a dull comedy"),
+    "adapt": lambda dir: lora.load_adapter(model.load_model(dir / "cache/lm-toy", "fp32"), dir / "run/adapter"),
+    "prompt": lambda dir: soft_prompt.load_prompt(dir / "run/prompt", 32),
+    "encoder": lambda dir: soft_prompt.load_encoder(dir / "run/prompt"),
+    **{name: lambda dir, out=out: unlearn.main([*BRIEF, "--cache", str(dir / "cache"), "--out", str(dir / out)])
+       for name, out in (("again", "run"), ("go on", "cut"), ("anew", "new"))},
+    "collate": lambda dir: evaluate.main([str(dir / "run")]),
+    "ask": lambda dir: evaluate.main([str(dir / "run"), "--ask", "a dull comedy"]),
+    "read": lambda dir: data.main(["--dataset", "splits", "--data-dir", str(dir)]),
+    "own": lambda dir: unlearn.main([*BRIEF, "--cache", str(dir / "cache"), "--out", str(dir / "new"), "--model",
+                                     str(dir / "cache/lm-toy"), "--dataset", "splits", "--data-dir", str(dir)]),
+}
+LM, SPUL_STATE = "cache/lm-toy", "cut/state-spul-s0-f1-lr0.005-a1-b1-p4.pt"
+
+
+def spoil(path, content):
+    """None: gone; a dict: JSON with these keys changed; text or bytes; or a function that does it."""
+    if content is None:
+        path.unlink()
+    elif callable(content):
+        content(path)
+    else:
+        content = json.dumps({**json.loads(path.read_text()), **content}) if isinstance(content, dict) else content
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def cut(path):
+    """The end of the file is lost, as when a copy was cut off."""
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def tensors(change):
+    """A safetensors file whose tensors are changed; None takes one away."""
+    def spoil(path):
+        state = {**load_file(path), **change}
+        save_file({name: w for name, w in state.items() if w is not None}, path)
+    return spoil
+
+
+def pickled(value):
+    """pytorch_model.bin or adapter_model.bin in place of the safetensors file."""
+    def spoil(path):
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
+        path.parent.joinpath("model.safetensors").unlink(missing_ok=True)
+        torch.save(value, path)
+    return spoil
+
+
+def sharded(weight_map):
+    """An index in place of the one file."""
+    def spoil(path):
+        path.with_name("model.safetensors").unlink()
+        path.write_text(json.dumps({"weight_map": weight_map}))
+    return spoil
+
+
+def four_files(label):
+    """One's own four files, in which one text has another label."""
+    rows = [json.dumps({"text": "a dull comedy", "label": label}) + "\n" for label in ("positive", "negative", label)]
+    return lambda path: [path.with_name(f"{split}.jsonl").write_text("".join(rows)) for split in data.SPLITS]
+
+
+def shrink(path):
+    """A model of ten words beside a tokenizer of many."""
+    tensors({name: load_file(path)[name][:10].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")})(path)
+    spoil(path.with_name("config.json"), {"vocab_size": 10})
+
+
+def no_beginning(path):
+    """A sentencepiece model that has no <s>."""
+    unlearn.sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c"] * 9), model_prefix=path.with_suffix(""),
+                                                     model_type="word", vocab_size=9, hard_vocab_limit=False, bos_id=-1,
+                                                     minloglevel=2)
+
+
+def state(**change):
+    """A training state with other values."""
+    return lambda path: torch.save({**torch.load(path, weights_only=True), **change}, path)
+
+
+def row(**change):
+    """results.json whose last row has other values."""
+    def spoil(path):
+        value = json.loads(path.read_text())
+        value["rows"][-1] |= change
+        path.write_text(json.dumps(value))
+    return spoil
+
+
+WEIGHTS, INDEX, BIN, CONFIG, WORDS = (f"{LM}/{name}" for name in (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json", "tokenizer.model"))
+ADAPTER, PHI, ENCODER = (f"run/{name}.safetensors" for name in (
+    "adapter/adapter_model", "prompt/adapter_model", "prompt/encoder"))
+NAN, ZEROS = torch.full((4, 32), float("nan")), torch.zeros(32)
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+SPOILT = [  # the command, the file, its new content (dict: changed keys), a part of the line that says so
+    # checkpoints
+    ("load", WEIGHTS, None, "no model.safetensors or pytorch_model.bin"),
+    ("load", WEIGHTS, "", "model.safetensors: torn"),
+    ("load", WEIGHTS, cut, "model.safetensors: torn"),
+    ("load", WEIGHTS, b"\xff" * 64, "model.safetensors: torn"),
+    ("load", WEIGHTS, tensors({"model.norm.weight": NAN[0]}), "tensor model.norm.weight holds NaN"),
+    ("load", WEIGHTS, tensors({"model.norm.weight": ZEROS.double()}), "norm.weight is torch.float64; expected"),
+    ("load", WEIGHTS, tensors({"model.norm.weight": ZEROS.to(torch.float8_e5m2)}), "is torch.float8_e5m2; expected"),
+    ("load", WEIGHTS, tensors({"norm.weight": ZEROS}), "tensor norm.weight occurs twice"),
+    ("load", BIN, pickled([1, 2]), "pytorch_model.bin: torn, foreign"),
+    ("load", BIN, pickled({"a": 1}), "pytorch_model.bin: torn, foreign"),
+    ("load", BIN, pickled({1: ZEROS}), "missing tensor embed_tokens.weight (21 in all)"),
+    ("load", BIN, pickled({"a": Path("b")}), "pytorch_model.bin: refused"),
+    ("load", INDEX, sharded({}), "no 'weight_map'; expected a map"),
+    ("load", INDEX, sharded(["a"]), "no 'weight_map'; expected a map"),
+    ("load", INDEX, sharded({"a": "../../etc/passwd"}), "shard '../../etc/passwd' is not the plain"),
+    ("load", INDEX, sharded({"a": "/etc/x.safetensors"}), "shard '/etc/x.safetensors' is not the plain"),
+    ("load", INDEX, sharded({"a": "config.json"}), "shard 'config.json' is not the plain name"),
+    ("load", INDEX, sharded({"a": 1}), "shard 1 is not the plain name"),
+    ("load", INDEX, sharded({"a": "a.safetensors"}), "a.safetensors: no such file, but one beside"),
+    # configs
+    ("load", CONFIG, None, "config.json: no such file; expected a checkpoint"),
+    ("load", CONFIG, "", "config.json: not JSON"),
+    ("load", CONFIG, b"\xff\xfe{}", "config.json: not JSON"),
+    ("load", CONFIG, "[" * 100_000, "config.json: not JSON"),
+    ("load", CONFIG, "[]", "config.json: found a list"),
+    ("load", CONFIG, {"model_type": ["llama"]}, "model_type ['llama']; only"),
+    ("load", CONFIG, {"vocab_size": 10 ** 12}, "vocab_size is 1000000000000; expected a whole number"),
+    ("load", CONFIG, {"vocab_size": 2 ** 24}, "config.json asks for (16777216, 32)"),
+    ("load", CONFIG, {"num_hidden_layers": 10 ** 9}, "num_hidden_layers is 1000000000; expected"),
+    ("load", CONFIG, {"num_hidden_layers": 3}, "missing tensor layers.2."),
+    ("load", CONFIG, {"hidden_size": -32}, "hidden_size is -32; expected a whole number"),
+    ("load", CONFIG, {"hidden_size": 32.0}, "hidden_size is 32.0; expected a whole number"),
+    ("load", CONFIG, {"intermediate_size": None}, "intermediate_size is None; expected"),
+    ("load", CONFIG, {"num_attention_heads": True}, "num_attention_heads is True; expected"),
+    ("load", CONFIG, {"num_attention_heads": 2 ** 24, "head_dim": 2 ** 24}, "16777216 heads and"),
+    ("load", CONFIG, {"num_key_value_heads": 3}, "2 heads and 3 key/value heads"),
+    ("load", CONFIG, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a positive number"),
+    ("load", CONFIG, {"rope_theta": "1e4"}, "rope_theta is '1e4'; expected a positive number"),
+    ("load", CONFIG, {"rope_parameters": [1]}, "rope_parameters [1]; only plain rotary"),
+    ("load", CONFIG, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
+    # tokenizers
+    ("start", WORDS, None, "no tokenizer.model, nor vocab.json with merges.txt"),
+    ("start", WEIGHTS, shrink, "tokens in the tokenizer, 10 in config.json; do they belong"),
+    ("tokenize", WORDS, "", "tokenizer.model: not a sentencepiece model"),
+    ("tokenize", WORDS, no_beginning, "tokenizer.model: no token <s> for the beginning"),
+    ("tokenize", WORDS, cut, "tokenizer.model: not a sentencepiece model"),
+    ("tokenize as OPT", "opt/vocab.json", "{", "vocab.json or merges.txt is damaged"),
+    ("tokenize as OPT", "opt/vocab.json", "[" * 100_000, "vocab.json or merges.txt is damaged"),
+    ("tokenize as OPT", "opt/vocab.json", "[]", "expected a vocab.json with '</s>'"),
+    ("tokenize as OPT", "opt/vocab.json", {"!": 1.5}, "numbers the token '!' 1.5"),
+    ("tokenize as OPT", "opt/vocab.json", {"</s>": -1}, "numbers the token '</s>' -1"),
+    ("tokenize as OPT", "opt/vocab.json", {"</s>": 10 ** 30}, "numbers the token '</s>' 1000"),
+    ("tokenize as OPT", "opt/vocab.json", '{"</s>": 0}', "vocab.json lacks the token '!'"),
+    ("tokenize as OPT", "opt/merges.txt", b"\xff", "vocab.json or merges.txt is damaged"),
+    ("tokenize as OPT", "opt/merges.txt", "a b c\n", "a merges.txt of pairs"),
+    ("tokenize as OPT", "opt/merges.txt", "b a\n", "vocab.json lacks the token 'ba'"),
+    # datasets
+    ("read", "train_retain.jsonl", "[" * 100_000, "train_retain.jsonl line 1: not JSON (maximum recursion"),
+    ("read", "train_retain.csv", "text,label\rfine,1\r", "train_retain.csv line 1: broken quotes (new-line"),
+    ("read", "train_retain.csv", f"text,label\n{'a' * 200_000},1\n", "train_retain.csv line 2: broken quotes (field larger"),
+    ("own", "train_retain.jsonl", four_files("awful"), "label 'awful' occurs in the data; expected positive, negative"),
+    # adapters and prompts
+    ("adapt", "run/adapter/adapter_config.json", "{}", "peft_type None; expected 'LORA'"),
+    ("adapt", "run/adapter/adapter_config.json", {"r": 0}, "r 0, lora_alpha"),
+    ("adapt", "run/adapter/adapter_config.json", {"r": 10 ** 12}, "this model and r ask for [(1000000000000, "),
+    ("adapt", "run/adapter/adapter_config.json", {"lora_alpha": float("inf")}, "lora_alpha inf"),
+    ("adapt", "run/adapter/adapter_config.json", {"lora_alpha": 10 ** 400}, "lora_alpha 1000"),
+    ("adapt", "run/adapter/adapter_config.json", {"lora_dropout": 1.5}, "lora_dropout 1.5"),
+    ("adapt", ADAPTER, None, "no adapter_model.safetensors or adapter_model.bin"),
+    ("adapt", ADAPTER, cut, "adapter_model.safetensors: torn"),
+    ("adapt", ADAPTER, tensors({LORA: None}), "are no LoRA pair"),
+    ("adapt", ADAPTER, tensors({LORA: NAN}), "holds NaN or infinity"),
+    ("adapt", ADAPTER, tensors({LORA: torch.zeros(5, 32)}), "has shapes [(5, 32)"),
+    ("adapt", "run/adapter/adapter_model.bin", pickled({}), "no tensors; expected a LoRA pair"),
+    ("prompt", "run/prompt/adapter_config.json", None, "expected a soft prompt as PEFT writes it"),
+    ("prompt", "run/prompt/adapter_config.json", {"peft_type": "LORA"}, "peft_type 'LORA'; expected 'P_TUNING'"),
+    ("prompt", "run/prompt/adapter_config.json", {"num_virtual_tokens": 5}, "has shape (4, 32); expected (5, 32)"),
+    ("prompt", PHI, None, "expected a soft prompt"),
+    ("prompt", PHI, "{}", "adapter_model.safetensors: torn"),
+    ("prompt", PHI, tensors({"prompt_embeddings": torch.zeros(4)}), "has shape (4,); expected"),
+    ("prompt", PHI, tensors({"prompt_embeddings": NAN}), "holds NaN"),
+    ("prompt", "run/prompt/adapter_model.bin", pickled({"phi": ZEROS}), "prompt_embeddings has shape None"),
+    ("encoder", ENCODER, None, "encoder.safetensors: no such file"),
+    ("encoder", ENCODER, tensors({"embedding.weight": ZEROS}), "not the weights of a prompt encoder"),
+    ("encoder", ENCODER, tensors({"mlp_head.2.bias": torch.zeros(3)}), "not the weights of a prompt"),
+    # run directories
+    ("go on", SPUL_STATE, "", "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, cut, "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, b"PK\x03\x04" * 50, "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, state(params=[ZEROS]), "p4.pt: torn or foreign (RuntimeError)"),
+    ("go on", SPUL_STATE, state(params=[]), "p4.pt: torn or foreign (ValueError)"),
+    ("go on", SPUL_STATE, state(params=6 * [ZEROS]), "p4.pt: torn or foreign"),
+    ("go on", SPUL_STATE, state(optimizer={}), "p4.pt: torn or foreign (KeyError)"),
+    ("go on", SPUL_STATE, state(epoch="two"), "p4.pt: torn or foreign (ValueError)"),
+    ("go on", "cut/results.json", '{"args": {}, "rows": [{"cell', "results.json: not JSON (Unterminated"),
+    ("go on", "cut/results.json", '{"rows": [1]}', "results.json: no rows with the four splits"),
+    ("go on", "cut/results.json", row(cell=["a"]), "results.json: no rows with the four splits"),
+    ("again", "run/adapter/fingerprint.json", "{", "fingerprint.json: not JSON"),
+    ("again", "run/adapter/fingerprint.json", "{}", "no 'seed' in it; expected a tuned adapter"),
+    ("again", f"{LM}/fingerprint.json", "", "fingerprint.json: not JSON"),
+    ("again", f"{LM}/fingerprint.json", "{}", "no 'fingerprint' in it; expected an embedded LM"),
+    ("collate", "run/results.json", None, "results.json: no such file; expected the results of a finished run"),
+    ("collate", "run/results.json", "", "results.json: not JSON"),
+    ("collate", "run/results.json", {"rows": None}, "results.json: no rows with the four splits"),
+    ("collate", "run/results.json", row(train_forget={"n": 1}), "results.json: no rows with the four splits"),
+    ("ask", "run/results.json", {"rows": []}, "has no finished spul row"),
+    ("ask", "run/args.json", "{", "args.json: not JSON"),
+    ("ask", "run/args.json", "{}", "args.json: no 'dataset' in it; expected the settings of a run"),
+    ("ask", "run/args.json", {"device": "abacus"}, "--device abacus: no such device here"),
+    ("ask", "run/args.json", {"dataset": "imdb"}, "unknown dataset 'imdb'"),
+    ("ask", "run/base-seed0.json", None, "base-seed0.json: no such file; expected the base model's place"),
+    ("ask", "run/base-seed0.json", {"lm": "nowhere"}, "nowhere/config.json: no such file"),
+    ("ask", "run/base-seed0.json", "{}", "base-seed0.json: no 'lm' in it"),
+]
+
+
+@pytest.mark.parametrize("command, file, content, message", SPOILT, ids=[f"{f.split('/')[-1]}: {m[:50]}" for _, f, _, m in
+                                                                         SPOILT])
+def test_a_spoilt_file_is_one_line_that_says_what_was_found_and_exit_status_2(left, command, file, content, message, capfd):
+    spoil(left / file, content)
+    assert data.run_cli(lambda: COMMANDS[command](left)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and message in error and error.startswith("error: ")
+    assert not [name for name in all_files(left) if name.endswith((".part", ".tmp"))]
+
+
+class Sneaky:
+    """Unpickled by a bare pickle.load, it makes a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("form", ["as torch.save writes it", "a bare pickle"])
+@pytest.mark.parametrize("command, file", [("load", f"{LM}/pytorch_model.bin"), ("prompt", "run/prompt/adapter_model.bin"),
+                                           ("adapt", "run/adapter/adapter_model.bin"), ("go on", SPUL_STATE)])
+def test_code_hidden_in_a_pickle_never_runs(left, command, file, form, capfd):
+    pickled({})(left / file)
+    value = {"fingerprint": Sneaky(left / "ran"), "model.norm.weight": Sneaky(left / "ran")}
+    torch.save(value, left / file) if form.startswith("as") else (left / file).write_bytes(pickle.dumps(value, 2))
+    assert data.run_cli(lambda: COMMANDS[command](left)) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and Path(file).name in error and not (left / "ran").exists()
+    torch.load(left / file, weights_only=False) if form.startswith("as") else pickle.loads((left / file).read_bytes())
+    assert (left / "ran").exists()  # the trap was set
+
+
+def nth_step(n, act, monkeypatch):
+    """Calls act() at the n-th logged step of spul."""
+    true, count = unlearn.Run.log, itertools.count(1)
+
+    def log(run, stage, *rest):
+        if stage.startswith("spul") and next(count) == n:
+            act()
+        true(run, stage, *rest)
+    monkeypatch.setattr(unlearn.Run, "log", log)
+
+
+def test_an_interrupt_is_one_line_and_exit_status_130_and_the_run_goes_on(left, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        nth_step(6, lambda: signal.raise_signal(signal.SIGINT), patch)
+        assert data.run_cli(lambda: COMMANDS["anew"](left)) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from the last finished epoch\n"
+    COMMANDS["anew"](left)
+    assert "going on after epoch 1" in capsys.readouterr().out
+    assert results(left / "new") == results(left / "run") and logged(left / "new/log.csv") == logged(left / "run/log.csv")
+
+
+def test_a_torn_row_of_the_log_is_dropped(left):
+    with open(left / "cut/log.csv", "a") as file:
+        file.write(f"{CELLS[1]},2/2")
+    COMMANDS["go on"](left)
+    assert logged(left / "cut/log.csv") == logged(left / "run/log.csv")
+
+
+@pytest.mark.parametrize("sick", ["the loss", "a gradient of the first of two batches"])
+def test_nan_stops_at_its_step_and_keeps_the_last_good_state(left, monkeypatch, capsys, sick):
+    """The epoch's last step is the 4th: after it, weights of NaN would be kept as a finished epoch's."""
+    count, loss = itertools.count(1), unlearn.METHODS["spul"].loss
+
+    def nan(*args, **options):
+        value, parts = loss(*args, **options)
+        return value * (float("nan") if next(count) == (8 if sick == "the loss" else 7) else 1), parts
+
+    def train():
+        unlearn.main([*BRIEF, "--cache", str(left / "cache"), "--out", str(left / "new"), "--accumulate", "2"])
+    with monkeypatch.context() as patch:
+        patch.setitem(unlearn.METHODS, "spul", unlearn.METHODS["spul"]._replace(loss=nan))
+        assert data.run_cli(train) == 2
+    assert re.fullmatch(r"error: spul.*: at step 4 the loss is .*, its gradient nan long; lower the learning rate "
+                        r"\(the last finished epoch is kept in .*\)\n", capsys.readouterr().err)
+    state, = (left / "new").glob("state-*")
+    assert torch.load(state)["epoch"] == 1 and all(w.isfinite().all() for w in torch.load(state)["params"])
+    train()
+    assert "going on after epoch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "torch.save", "save_file"])
+def test_a_full_disk_loses_nothing_already_saved(left, monkeypatch, capsys, call):
+    place, name, full = {"fsync": (os, "fsync", OSError(errno.ENOSPC, "No space left on device")),
+                         "replace": (os, "replace", OSError(errno.ENOSPC, "No space left on device")),
+                         "torch.save": (torch, "save", RuntimeError("PytorchStreamWriter failed writing file")),
+                         "save_file": (soft_prompt, "save_file", SafetensorError("No space left on device"))}[call]
+    with monkeypatch.context() as patch:
+        def fill():
+            def fail(*args, **options):
+                raise full
+            patch.setattr(place, name, fail)
+        nth_step(6, fill, patch)
+        assert data.run_cli(lambda: COMMANDS["anew"](left)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(full) in error and "is the disk full? What stood there before still does" in error
+    assert not [name for name in all_files(left) if name.endswith(".part")] and len(results(left / "new")) == 2
+    COMMANDS["anew"](left)
+    assert results(left / "new") == results(left / "run") and "going on after epoch" in capsys.readouterr().out
+
+
+def test_a_stale_cache_is_made_anew_and_says_so_even_when_that_is_cut_off(left, monkeypatch, capsys):
+    other = {**MICRO, "std": 0.03}
+    monkeypatch.setitem(unlearn.RECIPES, "toy", other)
+    with monkeypatch.context() as patch:
+        def stop(*args):
+            raise KeyboardInterrupt
+        patch.setattr(unlearn, "save_model", stop)
+        assert data.run_cli(lambda: COMMANDS["anew"](left)) == 130
+    assert f"{left / LM} was made from other texts or settings; it is made anew" in capsys.readouterr().out
+    monkeypatch.setitem(unlearn.RECIPES, "toy", MICRO)  # the old LM with the new one's tokenizer is no LM of either recipe
+    COMMANDS["anew"](left)
+    out = capsys.readouterr().out
+    assert "the embedded LM is in" not in out and "state-1.pt was made with other settings; this stage starts anew" in out
+    assert results(left / "new") == results(left / "run")
+
+
+@pytest.mark.parametrize("flags, dropped", [
+    (["--epochs", "1"], [CELLS[1]]),
+    (["--rank", "2", "--alpha", "0.5"], ["vanilla-s0", "qlora-s0", CELLS[1]])])
+def test_rows_of_other_settings_are_dropped_by_name_before_their_files_change(left, monkeypatch, capsys, flags, dropped):
+    run = ["--cache", str(left / "cache"), "--out", str(left / "run")]
+    content = json.loads((left / "run/results.json").read_text())
+    other_seed = [{**row, "seed": 1, "cell": row["cell"].replace("s0", "s1")} for row in content["rows"]]
+    spoil(left / "run/results.json", {"rows": content["rows"] + other_seed})
+
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(unlearn, "save_prompt", stop)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn.main([*BRIEF, *run, *flags])
+    out = capsys.readouterr().out
+    for cell in dropped:
+        assert f"{cell} in {left / 'run/results.json'} was made with other settings; its row is dropped" in out
+    after = json.loads((left / "run/results.json").read_text())["rows"]
+    assert out.count("its row is dropped") == len(dropped) and CELLS[1] not in [row["cell"] for row in after]
+    assert [row for row in after if row["seed"] == 1] == other_seed
+
+
+def test_an_adapter_that_is_made_anew_never_passes_for_the_old_one(left, monkeypatch):
+    run, true = ["--cache", str(left / "cache"), "--out", str(left / "run")], unlearn.write_json
+
+    def stop(path, value):
+        if path.parent.name == "adapter":
+            raise KeyboardInterrupt
+        true(path, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn, "write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            unlearn.main([*BRIEF, *run, "--qlora-lr", "0.1"])
+    first = results(left / "cut")
+    unlearn.main([*BRIEF, *run])
+    assert results(left / "run")[:2] == first[:2]
+    wanted, found = (load_file(left / name / "adapter/adapter_model.safetensors") for name in ("cut", "run"))
+    assert all(torch.equal(w, found[name]) for name, w in wanted.items())
+
+
+# ------------------------------------------------------------------------------------------------- anything at all
+
+def anything(*strategies, examples=40):
+    """The test is given values of hypothesis' strategies, the same ones each time; without hypothesis it is skipped."""
+    def wrap(test):
+        try:
+            import hypothesis
+        except ImportError:
+            def skipped():
+                pytest.skip("hypothesis is not installed: nothing to try")
+            return skipped
+        st = hypothesis.strategies
+        quiet = hypothesis.settings(max_examples=examples, deadline=None, database=None, derandomize=True,
+                                    suppress_health_check=list(hypothesis.HealthCheck))
+        return quiet(hypothesis.given(*(make(st) for make in strategies))(test))
+    return wrap
+
+
+def only_documented(call, *args):
+    """-> what the call gives, or None after a ValueError or OSError of one line; any other error fails the test."""
+    try:
+        return call(*args)
+    except (ValueError, OSError) as error:
+        assert str(error) and "\n" not in str(error)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(left_behind):
+    return [data.load_tokenizer(left_behind / dir) for dir in (LM, "opt")]
+
+
+@pytest.fixture(scope="module")
+def scratch(left_behind, tmp_path_factory):
+    return shutil.copytree(left_behind, tmp_path_factory.mktemp("scratch"), dirs_exist_ok=True)
+
+
+@anything(lambda st: st.text(st.characters(exclude_categories=()), max_size=40), examples=200)
+def test_tokenizers_take_any_string(tokenizers, text):
+    for tokenizer in tokenizers:
+        ids = only_documented(tokenizer.encode, text)
+        assert ids and all(0 <= i < tokenizer.size for i in ids) or re.search("[\ud800-\udfff]", text)
+
+
+def a_file(st):
+    """Any bytes, or what begins like rows and goes on with the characters that readers stumble over."""
+    start = st.sampled_from([b"", b"text,label\n", b"text\tlabel\n", b'{"text": "a", "label": "b"}\n',
+                             b'[{"text": "a", "label": "b"},'])
+    odd = st.text('"\',\t\r\n[]{}:019aeEN-\\u\0\ufeff\u2028', max_size=40).map(str.encode)
+    return st.builds(bytes.__add__, start, st.binary(max_size=40) | odd)
+
+
+@anything(lambda st: st.sampled_from(["tsv", "csv", "json", "jsonl"]), a_file, examples=250)
+def test_readers_take_any_bytes(scratch, suffix, content):
+    path = scratch / f"any.{suffix}"
+    path.write_bytes(content)
+    for line, row in only_documented(data.read_rows, path, ("text", "label")) or []:
+        assert line >= 1 and {"text", "label"} <= row.keys()
+        only_documented(data.text_of, path, line, row, "text")
+
+
+def load_any(scratch, name):
+    """What reads the file of this name in a scratch directory."""
+    if name == "adapter_config.json":
+        only_documented(COMMANDS["prompt"], scratch)
+        COMMANDS["adapt"](scratch)
+    elif name == "pytorch_model.bin":
+        [load() for _, load in model.read_tensors(scratch / BIN).values()]
+    else:
+        COMMANDS["load"](scratch)
+
+
+def places(scratch, name):
+    return [scratch / "run/adapter" / name, scratch / "run/prompt" / name] if "adapter" in name else [scratch / LM / name]
+
+
+@anything(lambda st: st.sampled_from(["config.json", "model.safetensors", "pytorch_model.bin", "adapter_config.json"]),
+          lambda st: st.binary(max_size=80), lambda st: st.integers(0, 10 ** 6), lambda st: st.booleans(), examples=100)
+def test_loading_takes_any_bytes_and_files_with_any_bytes_changed(scratch, name, content, at, whole_file):
+    if name == "pytorch_model.bin":
+        torch.save({"a": torch.ones(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}, scratch / LM / name)
+    before = [(path, path.read_bytes()) for path in places(scratch, name)]
+    try:
+        for path, old in before:
+            at %= min(len(old), 4000)  # where the header of a safetensors file is
+            path.write_bytes(content if whole_file else old[:at] + content + old[at + len(content):])
+        only_documented(load_any, scratch, name)
+    finally:
+        for path, old in before:
+            path.write_bytes(old)
+
+
+def json_values(st):
+    numbers = st.sampled_from([-1, 0, 1, 2, 3, 32, 2 ** 24, 10 ** 30, 0.5, 1e300, float("nan")])
+    containers = st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+    return st.none() | st.booleans() | numbers | st.text(max_size=3) | containers
+
+
+KEYS = {"config.json": [*model.SIZES, *model.ONLY["llama"], *model.ONLY["opt"], "model_type", "rope_parameters",
+                        "rope_theta", "rms_norm_eps", "do_layer_norm_before", "ffn_dim", "quantization_config"],
+        "adapter_config.json": ["peft_type", "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights",
+                                "target_modules", "num_virtual_tokens", "num_transformer_submodules", "use_dora"]}
+
+
+@anything(lambda st: st.data(), examples=50)
+@pytest.mark.parametrize("name", KEYS)
+def test_configs_take_any_values(scratch, name, draw):
+    st = pytest.importorskip("hypothesis.strategies")
+    values = draw.draw(st.dictionaries(st.sampled_from(KEYS[name]), json_values(st), max_size=4))
+    before = [(path, path.read_bytes()) for path in places(scratch, name)]
+    try:
+        for path, _ in before:
+            spoil(path, values)
+        only_documented(load_any, scratch, name)
+    finally:
+        for path, old in before:
+            path.write_bytes(old)
+
+
+@anything(lambda st: st.lists(st.integers(1, 14), min_size=1, max_size=3),
+          lambda st: st.lists(st.floats(-2.0 ** 120, 2.0 ** 120, width=32, allow_subnormal=False), min_size=1, max_size=150),
+          examples=100)
+def test_nf4_comes_back_within_half_a_gap_and_a_second_time_unchanged(shape, values):
+    n = int(np.prod(shape))
+    w = torch.tensor((values * n)[:n]).view(shape)
+    packed, absmax = model.quantize_nf4(w)
+    again = model.dequantize_nf4(packed, absmax, w.shape)
+    half_gap = (model.NF4[1:] - model.NF4[:-1]).max() / 2
+    assert ((again - w).abs().view(-1) <= (half_gap + 1e-6) * absmax.repeat_interleave(64)[:n]).all()
+    assert all(map(torch.equal, model.quantize_nf4(again), (packed, absmax)))

@@ -30,7 +30,7 @@ import data
 import evaluate
 from baselines import cross_entropy, kl_divergence
 from lora import add_lora, load_adapter, merge_lora, save_adapter
-from model import Config, build, load_model, read_json, save_model, whole, write_json
+from model import Config, build, check_device, load_model, read_json, save_model, sweep, whole, write_json
 from soft_prompt import PromptEncoder, prompt_kv, save_prompt
 
 
@@ -90,6 +90,7 @@ def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, 
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.001, fused=True)
     steps_per_epoch = -(-len(batches(0)) // accumulate)
     done, seconds, tokens = restore(state, fingerprint, params, optimizer)
+    run.rewind(stage, done * steps_per_epoch)
     for epoch in range(done, epochs):
         torch.manual_seed(derived_seed(seed, stage, epoch))
         todo, step = batches(epoch), epoch * steps_per_epoch
@@ -103,10 +104,12 @@ def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, 
             if (i + 1) % accumulate and i + 1 < len(todo):
                 continue
             sum_gradients(params)
-            torch.nn.utils.clip_grad_norm_(params, clip)
+            norm, step = torch.nn.utils.clip_grad_norm_(params, clip), step + 1
+            if not (loss.isfinite() & norm.isfinite()):  # no such step reaches the weights, nor what `keep` writes
+                raise ValueError(f"{stage}: at step {step} the loss is {loss.item():g}, its gradient {norm.item():g} long; "
+                                 f"lower the learning rate (the last finished epoch is kept in {run.dir})")
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
             seconds, tokens = seconds + time.perf_counter() - began, tokens + accumulate * batch[0].numel()
             run.log(stage, f"{epoch + 1}/{epochs}", step, epochs * steps_per_epoch, loss, parts, group["lr"],
                     time.perf_counter() - began)
@@ -143,18 +146,17 @@ def restore(state, fingerprint, params, optimizer):
         return 0, 0.0, 0
     try:
         saved = torch.load(state, weights_only=True, map_location=params[0].device)
-        stale = saved["fingerprint"] != fingerprint
+        if saved["fingerprint"] != fingerprint:
+            print(f"{state} was made with other settings; this stage starts anew")
+            return 0, 0.0, 0
+        for w, kept in zip(params, saved["params"], strict=True):
+            w.data.copy_(kept.view_as(w))
+        optimizer.load_state_dict(saved["optimizer"])
+        print(f"going on after epoch {saved['epoch']}, from {state}")
+        return int(saved["epoch"]), float(saved["seconds"]), int(saved["tokens"])
     except Exception as e:
         raise ValueError(f"{state}: torn or foreign ({type(e).__name__}); expected this run's training state: delete it "
                          "to start this stage anew") from None
-    if stale:
-        print(f"{state} was made with other settings; this stage starts anew")
-        return 0, 0.0, 0
-    for w, kept in zip(params, saved["params"], strict=True):
-        w.data.copy_(kept)
-    optimizer.load_state_dict(saved["optimizer"])
-    print(f"going on after epoch {saved['epoch']}, from {state}")
-    return saved["epoch"], saved["seconds"], saved["tokens"]
 
 
 COLUMNS = ("stage", "epoch", "step", "loss", "L_f", "L_r", "L_kl", "lr", "ms")
@@ -166,28 +168,30 @@ class Run:
     def __init__(self, dir, args):
         self.dir, self.every, self.args, self.cells = Path(dir), args.log_every, vars(args), {}
         self.factors = {}  # of L_r and L_kl, for the log line
-        if is_main():
-            write_json(self.dir / "args.json", self.args)
         self.results = self.dir / "results.json"
         if self.results.is_file():
-            for row in read_json(self.results, "the results of a run").get("rows", []):
-                self.cells[row.get("cell")] = row
+            self.cells = {row["cell"]: row for row in evaluate.read_rows(dir)}
+        if is_main():
+            sweep(self.dir)
+            write_json(self.dir / "args.json", self.args)
+
+    def rewind(self, stage, step):
+        """Drops what log.csv holds of this stage after `step`, of an epoch cut off or of other settings, and a torn row."""
+        if is_main():
+            (self.dir / "log.csv").touch()
+            with open(self.dir / "log.csv", newline="", errors="replace") as f:
+                rows = [row for row in csv.reader(f) if len(row) == len(COLUMNS)]
+            with whole(self.dir / "log.csv") as part, open(part, "w", newline="") as f:
+                csv.writer(f).writerows([row for row in rows if row[0] != stage or int(row[2]) <= step] or [COLUMNS])
 
     def log(self, stage, epoch, step, steps, loss, parts, lr, seconds):
-        """One line of log.csv for each step, and of the screen every so often. NaN or infinity ends the run."""
+        """One line of log.csv for each step, and of the screen every so often."""
         loss, parts = loss.item(), {k: v.item() for k, v in parts.items()}
-        if not math.isfinite(loss):
-            raise ValueError(f"{stage}: the loss is {loss} at step {step} of {steps}; lower the learning rate. The last "
-                             f"finished epoch is kept in {self.dir}, and the same command goes on from there")
         if not is_main():
             return
-        file = self.dir / "log.csv"
-        with open(file, "a", newline="") as f:
-            writer = csv.writer(f)
-            if f.tell() == 0:
-                writer.writerow(COLUMNS)
-            writer.writerow([stage, epoch, step, f"{loss:.6g}", *(f"{parts[k]:.6g}" if k in parts else "" for k in
-                             ("L_f", "L_r", "L_kl")), f"{lr:.3e}", f"{1000 * seconds:.0f}"])
+        with open(self.dir / "log.csv", "a", newline="") as f:
+            csv.writer(f).writerow([stage, epoch, step, f"{loss:.6g}", *(f"{parts[k]:.6g}" if k in parts else "" for k in
+                                    ("L_f", "L_r", "L_kl")), f"{lr:.3e}", f"{1000 * seconds:.0f}"])
         if step % self.every == 0 or step == steps:
             terms = " + ".join(f"{self.factors[k]:g} {k} {v:.3f}" if k in self.factors else f"{k} {v:.3f}"
                                for k, v in parts.items())
@@ -198,15 +202,25 @@ class Run:
     def finish(self, cell, fingerprint, row):
         """Adds a row to results.json and prints it as a line of Table 2."""
         self.cells[cell] = {"cell": cell, "fingerprint": fingerprint, **row}
+        self.write()
+
+    def write(self):
+        """results.json; then the training states of its rows have served."""
         if is_main():
             write_json(self.results, {"args": self.args, "rows": list(self.cells.values())})
+            for cell in self.cells:
+                (self.dir / f"state-{cell}.pt").unlink(missing_ok=True)
 
     def finished(self, cell, fingerprint):
-        """The row of this cell, if an earlier run with the same settings has it."""
+        """The row of this cell, if an earlier run with the same settings has it; a row of other settings is dropped."""
         row = self.cells.get(cell)
         if row and row.get("fingerprint") != fingerprint:
-            print(f"{cell} in {self.results} was made with other settings; it is made anew")
-        return row if row and row.get("fingerprint") == fingerprint else None
+            for key, other in list(self.cells.items()):  # with Vanilla goes its seed: all rows stand on the same base model
+                if key == cell or row["method"] == "vanilla" and other.get("seed") == row.get("seed"):
+                    print(f"{key} in {self.results} was made with other settings; its row is dropped")
+                    del self.cells[key]
+            self.write()  # before its files are written anew: a row and files that do not belong together never meet
+        return self.cells.get(cell)
 
     def place(self, kind, cell):
         """The directory for a cell's prompt, adapter or weights: RUN/kind, or RUN/kind-CELL when that is taken."""
@@ -268,14 +282,18 @@ def embedded_lm(dataset, corpus, names, dir, args):
     recipe = RECIPES["toy" if dataset == "toy" else "corpus"]
     fingerprint = fingerprint_of(recipe, corpus, names, torch.__version__)
     made = dir / "fingerprint.json"
-    if made.is_file() and read_json(made, "an embedded LM")["fingerprint"] == fingerprint:
+    found = read_json(made, "an embedded LM", ["fingerprint"]) if made.is_file() else {}
+    if found.get("fingerprint") == fingerprint:
         print(f"the embedded LM is in {dir}")
         return dir
-    if made.is_file():
+    if found:
         print(f"{dir} was made from other texts or settings; it is made anew")
     if is_main():
+        made.unlink(missing_ok=True)  # half made anew, it must not pass for the old one
         pretrain(recipe, fingerprint, corpus, names, dir, args)
         write_json(made, {"fingerprint": fingerprint})
+        for state in dir.glob("state-*.pt"):
+            state.unlink()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return dir
@@ -324,8 +342,6 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
         train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"], run,
               clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
     save_model(model, dir)
-    for number in range(len(recipe["stages"])):
-        (dir / f"state-{number + 1}.pt").unlink(missing_ok=True)
 
 
 class Lazy:
@@ -376,7 +392,7 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
 def adapter_place(dir, seed):
     """A run's first seed has RUN/adapter, every other RUN/adapter-seedN."""
     note = Path(dir, "adapter", "fingerprint.json")
-    taken = note.is_file() and read_json(note, "a tuned adapter").get("seed") != seed
+    taken = note.is_file() and read_json(note, "a tuned adapter", ["seed"])["seed"] != seed
     return f"adapter-seed{seed}" if taken else "adapter"
 
 
@@ -384,13 +400,14 @@ def tune_base(model, prompts, args, run, seed, fingerprint):
     """QLoRA, in place: LoRA on the 4-bit model learns the true answers of both sets. -> the figures for its row"""
     dir = run.dir / adapter_place(run.dir, seed)
     note = dir / "fingerprint.json"
-    made = read_json(note, "a tuned adapter") if note.is_file() else {}
+    made = read_json(note, "a tuned adapter", ["fingerprint", "figures"]) if note.is_file() else {}
     if made.get("fingerprint") == fingerprint:
         load_adapter(model, dir)
         figures = made["figures"]
     else:
         if made:
             print(f"{dir} was made with other settings; it is made anew")
+            note.unlink(missing_ok=True)
         torch.manual_seed(derived_seed(seed, "lora"))
         params = add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
         everyone = prompts["train_retain"] + prompts["train_forget"]
@@ -453,7 +470,6 @@ def unlearn(name, model, base_hidden, prompts, answers, args, run, cell, fingerp
             w.requires_grad_(False)
         if is_main():
             save_model(model, out) if args.tune == "full" else save_adapter(model, out, args.model or "")
-    (run.dir / f"state-{cell}.pt").unlink(missing_ok=True)
     return model, prefix, {**figures, "trainable_params": sum(w.numel() for w in params), "files": out.name}
 
 
@@ -471,6 +487,9 @@ def run_seed(seed, args, run):
     tokenizer = data.load_tokenizer(lm)
     model = load_model(lm, args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     model.checkpointing = args.checkpointing
+    if tokenizer.size > model.config.vocab_size:
+        raise ValueError(f"{lm}: {tokenizer.size} tokens in the tokenizer, {model.config.vocab_size} in config.json; "
+                         "do they belong together?")
     prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
     tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
     common = fingerprint_of(Path(lm, "config.json").read_text(), splits, task, {k: getattr(args, k) for k in (
@@ -493,11 +512,12 @@ def run_seed(seed, args, run):
     if not run.finished(base, common):
         measure(base, common, model, None, **{**figures, "method": "qlora", "lr": args.qlora_lr})
     evaluate.check_learned(run.cells[base], prompts)
+    model = merge_lora(model) if args.merged else model
     base_hidden = None
     for cell in cells(args):
         method, name = METHODS[cell["method"]], cell_name(cell, seed)
         fingerprint = fingerprint_of(common, cell, {k: getattr(args, k) for k in (
-            "epochs", "epochs_given", "hidden", "forget_per_batch", "kl_direction", "tune")})
+            "epochs", "epochs_given", "hidden", "forget_per_batch", "kl_direction", "tune", "merged")})
         if run.finished(name, fingerprint):
             print(f"{name} is done already; its row stands in {run.results}")
             continue
@@ -545,11 +565,12 @@ def cell_name(cell, seed):
 # What each kind of run sets where no flag says otherwise; lr: of a method, or of all that train a prompt or weights.
 PRESETS = {
     "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=4, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
-                rank=16, qlora_lr=2e-4, qlora_epochs=1),
+                rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True),
     "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
-                     targets=["all"], rank=32, qlora_lr=2e-3, qlora_epochs=4),
+                     targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=False),
     "paper": dict(p=[30], lr={"prompt": 1e-4, "weights": 1e-5}, epochs=10, batch=32, forget_per_batch=0, clip=0.3,
-                  targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10),
+                  targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10,
+                  merged=False),
 }
 
 
@@ -574,6 +595,7 @@ def parser():
     add("--hidden", type=int, default=128, help="width of phi's encoder")
     add("--kl-direction", choices=["prompted||base", "base||prompted"], default="prompted||base", help="Eq. (4), or the released code's")
     add("--tune", choices=["full", "lora"], default="full", help="what the baselines train: every weight, or the adapter")
+    add("--merged", action=argparse.BooleanOptionalAction, help="unlearn on dense weights, the adapter merged in: fast for a small model")
     add("--clip", type=float, help="largest norm of a gradient")
     add("--rank", type=int, help="rank of LoRA")
     add("--lora-alpha", type=float, default=64, help="LoRA's alpha")
@@ -616,7 +638,7 @@ def parse(argv=None):
     positive = ("epochs", "batch", "accumulate", "hidden", "rank", "max_len", "log_every", "clip", "qlora_lr", "lora_alpha",
                 "qlora_epochs")
     for key, value in [(k, getattr(args, k)) for k in positive] + [("p", v) for v in args.p] + [
-            ("lr", v) for v in given or []]:
+            ("lr", v) for v in given or []] + [("threads", 1 if args.threads is None else args.threads)]:
         if not 0 < value < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} {value}; expected a number above 0")
     if not all(0 < f <= 1 for f in args.forget_fraction) or not all(0 <= w < math.inf for w in args.alpha + args.beta):
@@ -624,6 +646,8 @@ def parse(argv=None):
     if not 0 <= args.forget_per_batch < args.batch or not 0 <= args.lora_dropout < 1:
         raise ValueError(f"--forget-per-batch {args.forget_per_batch} must be below --batch {args.batch}; "
                          f"--lora-dropout {args.lora_dropout} below 1")
+    check_device(args.device)
+    args.merged = args.merged and args.tune == "full"  # a merged adapter cannot be tuned on
     stem = f"{Path(args.model).resolve().name if args.model else 'embedded'}-{args.dataset}-{'-'.join(args.method)}"
     args.out = args.out or str(Path("runs") / stem)
     return args
