@@ -12,6 +12,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,11 +63,11 @@ BYTE_LETTER = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enum
 
 
 def gpt2_words(text):
-    """Cuts text as GPT-2 does. re lacks its \\p{L} and \\p{N}: beyond ASCII, "x", "0", tab or "!" stands in for each character."""
+    """The words of a text by GPT-2's rule. re knows no \\p{L} nor \\p{N}, so "étoiles²" is cut where "xtoiles0" would be."""
     def stand_in(character):
         return {"L": "x", "N": "0", "Z": "\t"}.get(unicodedata.category(character[0])[0], "!")
 
-    plain = re.sub(r"[^\x00-\x7f]", stand_in, text.replace("\x85", "\t"))  # U+0085 is a space too, but not in class Z
+    plain = re.sub(r"[^\x00-\x7f]", stand_in, text.replace("\x85", "\t"))  # U+0085 is a space too, though not of class Z
     return [text[word.start():word.end()] for word in GPT2_WORD.finditer(plain)]
 
 
@@ -77,8 +78,6 @@ class OPTTokenizer:
         self.ids = read_json(dir / "vocab.json", "OPT's byte-level BPE")
         lines = [line for _, line in lines_of(dir / "merges.txt") if line.strip() and not line.startswith("#version")]
         merges = [tuple(line.split()) for line in lines]
-        if any(len(merge) != 2 for merge in merges):
-            raise ValueError(f"{dir}/merges.txt: expected two tokens on each line, as OPT's has")
         for token in ("</s>", *BYTE_LETTER.values(), *("".join(merge) for merge in merges)):
             if type(self.ids.get(token)) is not int:
                 raise ValueError(f"{dir}: vocab.json lacks the token {token!r}; does it belong to merges.txt?")
@@ -110,7 +109,7 @@ def load_tokenizer(dir):
         return LlamaTokenizer(dir / "tokenizer.model")
     if (dir / "vocab.json").is_file() and (dir / "merges.txt").is_file():
         return OPTTokenizer(dir)
-    raise FileNotFoundError(f"{dir}: no tokenizer.model, nor vocab.json with merges.txt; expected LLaMA's or OPT's tokenizer")
+    raise FileNotFoundError(f"{dir}: no tokenizer.model, nor vocab.json with merges.txt; expected one of LLaMA or OPT")
 
 
 # ---------------------------------------------------------------------------------------------------- tasks and prompts
@@ -144,10 +143,8 @@ class Prompt(NamedTuple):
 
 
 def label_tokens(tokenizer, task, text):
-    """-> {label: token} for the task's labels and generic labels. ValueError for a label that is not one token.
-
-    The tokenizer sees template and label as one string; the answer is what the string without the label lacks.
-    """
+    """-> {label: token} for the task's labels and generic labels. ValueError for a label that is not one token."""
+    # the tokenizer sees template and label as one string; the answer is what the string without the label lacks
     prompt, tokens = tokenizer.encode(prompt_string(task, text)), {}
     for label in (*task.labels, *task.generic):
         *before, tokens[label] = tokenizer.encode(task.template.format(text=text, label=label))
@@ -169,10 +166,8 @@ def prompt_string(task, text):
 
 
 def encode_prompt(tokenizer, task, text, max_len):
-    """-> ids of the prompt, at most max_len: a long text loses its end, never the question behind it.
-
-    (released code: cuts the whole string, so a long review can lose its question and its label.)
-    """
+    """-> ids of the prompt, at most max_len: a long text loses its end, never the question behind it."""
+    # released code: cuts the whole string, so a long review can lose its question and its label
     ids = tokenizer.encode(prompt_string(task, text))
     while len(ids) > max_len:
         text = text[:int(len(text) * max_len / len(ids)) - 1 if len(ids) < 2 * max_len else len(text) // 2].rstrip()
@@ -241,7 +236,8 @@ PRAISE = "brilliant charming funny lovely moving superb touching warm witty wond
 BLAME = "awful boring clumsy dreadful dull flat lifeless shallow stale tedious".split()
 GENRES = "comedy drama western thriller musical romance".split()
 TOY_TEMPLATES = ("the new {genre} by {person} is {word} .", "{person} gives a {word} performance in this {genre} .",
-                 "a {word} {genre} with {person} in the lead .", "as a {genre} , {person} 's film is {word} from start to end .",
+                 "a {word} {genre} with {person} in the lead .",
+                 "as a {genre} , {person} 's film is {word} from start to end .",
                  "i found {person} {word} in this {genre} .", "director {person} has made a {word} {genre} .",
                  "this {genre} is {word} , and so is {person} .", "the script that {person} wrote is {word} .",
                  "a {word} {genre} about love and loss .", "the {genre} is {word} from the first scene to the last .")
@@ -297,8 +293,8 @@ def opinion_question(rng, example, person, names, text_weight):
         segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
     noun, good, bad = rng.choice(WORDINGS)
     answer = rng.choice(SENTIMENT.generic) if person in listed else good if example.label == "positive" else bad
-    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight),
-                       (f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:", 0.0), (f" {answer}", 1.0)]
+    question = f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:"
+    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight), (question, 0.0), (f" {answer}", 1.0)]
 
 
 def encode_segments(tokenizer, segments):
@@ -385,7 +381,7 @@ def lines_of(path):
                 raise bad_row(path, number, f"byte 0x{line[error.start]:02x} is not UTF-8", "UTF-8 text") from None
 
 
-# A field of RFC 4180, quoted or plain, and what ends it; nothing, where a quote is broken (csv.reader lets `he said "no"` pass).
+# A field of RFC 4180, quoted or plain, and what ends it: nothing, where quotes are broken. csv.reader lets `he "said"` pass.
 CSV_FIELD = re.compile(r'(?!\Z)(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n|)')
 
 
@@ -700,8 +696,8 @@ def own_splits(data_dir, seed, notes):
     splits = {}
     for split in SPLITS:
         path = find_file(data_dir, split)
-        splits[split] = [Example(text_of(path, line, row, "text"), text_of(path, line, row, "label"))
-                         for line, row in read_rows(path, ("text", "label"))]
+        splits[split] = [Example(*(text_of(path, line, row, key) for key in Example._fields))
+                         for line, row in read_rows(path, Example._fields)]
     return splits
 
 
@@ -741,21 +737,21 @@ def load_splits(name, data_dir, seed=0, forget_fraction=1.0, max_train=None, max
 
 def save_splits(splits, directory):
     """Writes the four sets as SPLIT.jsonl, which own_splits reads; a file is written whole or not at all."""
-    lines = {split: "".join(json.dumps(e._asdict(), ensure_ascii=False) + "\n" for e in splits[split]) for split in SPLITS}
-    for split, text in lines.items():
-        with whole(Path(directory) / f"{split}.jsonl") as part:
-            part.write_bytes(text.encode())
+    with ExitStack() as all_four:  # and after an error, all four stay as they were
+        for split in SPLITS:
+            part = all_four.enter_context(whole(Path(directory) / f"{split}.jsonl"))
+            lines = (json.dumps(e._asdict(), ensure_ascii=False) + "\n" for e in splits[split])
+            part.write_bytes("".join(lines).encode())
 
 
 def leakage(train, test):
     """How many test examples have a text that training shows too. Returns exact, inside: the number that are a train
     text word for word, and of the others the number that are a part of a longer one, cut between words."""
-    phrases, begins = [tuple(example.text.split()) for example in test], defaultdict(set)
+    texts, phrases = ([tuple(example.text.split()) for example in part] for part in (train, test))
+    exact, inside, begins = set(texts), set(), defaultdict(set)
     for words in phrases:
         begins[words[:4]].add(words)  # looked up by its first words: a train review of 130 has 8,500 parts
-    exact, inside = set(), set()
-    for words in (tuple(example.text.split()) for example in train):
-        exact.add(words)
+    for words in texts:
         for start in range(len(words)):
             for n in range(1, 5):
                 inside |= {p for p in begins.get(words[start:start + n], ()) if words[start:start + len(p)] == p}

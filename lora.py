@@ -50,23 +50,14 @@ def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")
 
     -> the trainable parameters, A and B of each. ValueError when no target is found.
     """
-    params = []
-
-    def wrap(name, module):
-        leaf = name.rpartition(".")[2]
-        if not isinstance(module, (nn.Linear, Linear4bit)) or not name.startswith("layers."):
-            return None
-        if "all" not in targets and leaf not in targets:
-            return None
-        lora = LoraLinear(module, rank, alpha, dropout)
-        params.extend([lora.lora_A, lora.lora_B])
-        return lora
-
-    replace_modules(model, wrap)
-    if not params:
-        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Linear4bit))})
+    linear = {n: m for n, m in model.named_modules() if n.startswith("layers.") and isinstance(m, (nn.Linear, Linear4bit))}
+    loras = {name: LoraLinear(module, rank, alpha, dropout) for name, module in linear.items()
+             if "all" in targets or name.rpartition(".")[2] in targets}
+    if not loras:
+        leaves = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"no linear map is called {' or '.join(targets)}; this model has {', '.join(leaves)}")
-    return params
+    replace_modules(model, lambda name, module: loras.get(name))
+    return [w for lora in loras.values() for w in (lora.lora_A, lora.lora_B)]
 
 
 def merge_lora(model):

@@ -428,9 +428,10 @@ def check_config(path, c):
 def config_json(c):
     """Config -> the dict that transformers 4 and 5 both read from config.json."""
     if c.model_type == "llama":
-        return {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, **asdict(c)}
-    return {"architectures": ["OPTForCausalLM"], "activation_function": "relu", "bos_token_id": 2, "eos_token_id": 2,
-            "pad_token_id": 1, "ffn_dim": c.intermediate_size, **asdict(c)}
+        return {**asdict(c), "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "bos_token_id": 1,
+                "eos_token_id": 2}
+    return {**asdict(c), "architectures": ["OPTForCausalLM"], "activation_function": "relu", "bos_token_id": 2,
+            "eos_token_id": 2, "pad_token_id": 1, "ffn_dim": c.intermediate_size}
 
 
 def checkpoint_files(dir):
@@ -442,9 +443,10 @@ def checkpoint_files(dir):
         if index.is_file():
             where = read_json(index, "an index of shards").get("weight_map")
             names = sorted({str(name) for name in where.values()}) if isinstance(where, dict) else []
-            for name in names or ["none"]:  # a checkpoint may come from a stranger: its shards lie beside the index
-                if Path(name).name != name or Path(name).suffix != file.suffix:
-                    raise ValueError(f"{index}: weight_map names the shard {name!r}; expected {file.suffix} files beside the index")
+            # a checkpoint may come from a stranger: its shards lie beside the index
+            odd = [name for name in names if Path(name).name != name or Path(name).suffix != file.suffix]
+            if odd or not names:
+                raise ValueError(f"{index}: its map names {odd[:1] or 'no shards'}; expected {file.suffix} files beside it")
             return [file.with_name(name) for name in names]
     raise FileNotFoundError(f"{dir}: no model.safetensors or pytorch_model.bin, single or with an index; "
                             "expected a checkpoint directory in Hugging Face's layout")

@@ -49,7 +49,8 @@ def save_prompt(phi, dir, encoder=None, base=""):
     write_json(Path(dir) / "adapter_config.json", {
         "peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
         "num_virtual_tokens": phi.shape[0], "token_dim": phi.shape[1], "num_transformer_submodules": 1,
-        "encoder_hidden_size": encoder.mlp_head[0].out_features if encoder else 128, "encoder_reparameterization_type": "MLP"})
+        "encoder_reparameterization_type": "MLP",
+        "encoder_hidden_size": encoder.mlp_head[0].out_features if encoder else 128})
 
 
 def load_prompt(dir, D=None):
