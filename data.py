@@ -509,10 +509,10 @@ FICTIONAL = {"bond", "dawson", "nickleby", "potter"}  # characters' surnames: ja
 def find_surnames(phrases):
     """Finds surnames in lower-case tokenised text by how the words are used: dict surname -> Counter of given names.
 
-    phrases: list of lists of words. A word is a surname if it (1) follows a given name three times, (2) takes a
-    possessive, as no verb or adverb does ("mike shoots"), (3) rarely follows an article, as a common noun does, and
-    (4) bears the mark of a name, a given name or title before it or a possessive after it, in two uses of five:
-    fewer mean that it mostly is another word ("tom green", "jim brown", "chris rock").
+    phrases: list of lists of words. No NER library is needed: what this finds is right, not all. A word is a surname if
+    it (1) follows a given name three times, (2) takes a possessive, as no verb or adverb does ("mike shoots"),
+    (3) rarely follows an article, as a common noun does, and (4) bears the mark of a name, a given name or title before
+    it or a possessive after it, in two uses of five: fewer mean that it mostly is another word ("tom green").
     """
     uses, marked, articles, possessive, given = Counter(), Counter(), Counter(), Counter(), defaultdict(Counter)
     for words in phrases:
@@ -529,16 +529,13 @@ def find_surnames(phrases):
 
 
 def find_persons(texts):
-    """Finds the persons named in lower-case tokenised texts, without a NER library: what it finds is right, not all.
-
-    Returns dict 'woody allen' -> set of indices into texts, the most-named person first. A surname alone counts for
-    the person who bears it most often.
-    """
+    """The persons named in tokenised texts: dict 'woody allen' -> set of indices into texts, the most-named person first."""
     phrases = [text.lower().split() for text in texts]
     surnames, persons = find_surnames(phrases), defaultdict(set)
     for index, words in enumerate(phrases):
         for before, word in zip(["", *words], words):
             if word in surnames:
+                # a surname alone counts for the person who bears it most often
                 given = before if before in GIVEN_NAMES else surnames[word].most_common(1)[0][0]
                 persons[f"{given} {word}"].add(index)
     return dict(sorted(persons.items(), key=lambda item: (-len(item[1]), item[0])))
