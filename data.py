@@ -388,13 +388,14 @@ CSV_FIELD = re.compile(r'(?!\Z)(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n|)'
 def read_csv(path):
     """RFC 4180 -> (line it starts on, fields) of each record; broken quotes are a ValueError, never half-read."""
     line, newlines, fields = 1, 0, []
-    for quoted, plain, end in CSV_FIELD.findall("".join(text for _, text in lines_of(path)) + "\n"):
+    for field in CSV_FIELD.finditer("".join(text for _, text in lines_of(path)) + "\n"):
+        quoted, plain, end = field.groups("")
         if not end:
             raise bad_row(path, line, "broken quotes", 'a field like "a ""quoted"" word"')
         fields.append(quoted.replace('""', '"') or plain)
         newlines += quoted.count("\n")
         if end != ",":
-            if fields != [""]:  # as a blank line gives
+            if len(fields) > 1 or field[0] != end:  # no blank line
                 yield line, fields
             line, newlines, fields = line + newlines + 1, 0, []
 
