@@ -5,15 +5,14 @@
 In reading order: tokenizers, tasks and their prompts, batches, the toy corpus, the real datasets.
 """
 import argparse
-import csv
 import functools
 import json
-import os
 import random
 import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,12 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
-from sklearn.preprocessing import normalize
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer
+from torch.nn.utils.rnn import pad_sequence
+
+from model import read_json, whole
+
 
 def generator(seed, purpose):
     """A random generator of this purpose's own: one more draw here never changes what is drawn there."""
@@ -31,7 +35,6 @@ def generator(seed, purpose):
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
-
 
 class LlamaTokenizer:
     """LLaMA's sentencepiece model (dir/tokenizer.model). encode(text) -> ids, <s> first."""
@@ -41,7 +44,7 @@ class LlamaTokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise ValueError(f"{path}: not a sentencepiece model; expected LLaMA's tokenizer.model") from None
-        self.size, self.files = self.pieces.vocab_size(), [Path(path)]
+        self.size = self.pieces.vocab_size()
         if self.pieces.bos_id() < 0:
             raise ValueError(f"{path}: no token <s> for the beginning of a text; expected LLaMA's tokenizer.model")
 
@@ -54,45 +57,30 @@ class LlamaTokenizer:
         return self.pieces.id_to_piece(int(i))
 
 
-def _char_class(major):
-    """All characters whose Unicode category starts with `major`, as ranges for a [...] of re, which lacks \\p{L}."""
-    codes = [i for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i))[0] == major]
-    starts = [c for c, before in zip(codes, [-9] + codes) if c != before + 1]
-    ends = [c for c, after in zip(codes, codes[1:] + [-9]) if c != after - 1]
-    return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))
+# GPT-2's rule for cutting text into words, before byte pairs are merged (Radford et al. 2019), as it reads for ASCII.
+GPT2_WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+# Byte -> the printable character that stands for it in vocab.json: itself, or one from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_LETTER = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 
 
-@functools.lru_cache
-def _gpt2_words():
-    """GPT-2's rule for cutting text into words, before byte pairs are merged (Radford et al. 2019)."""
-    letter, number = _char_class("L"), _char_class("N")
-    space = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space; re's \s has more
-    return re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d| ?[{letter}]+| ?[{number}]+| ?[^{space}{letter}{number}]+"
-                      rf"|[{space}]+(?![^{space}])|[{space}]+")
+def gpt2_words(text):
+    """The words of a text by GPT-2's rule. re knows no \\p{L} nor \\p{N}, so "étoiles²" is cut where "xtoiles0" would be."""
+    def stand_in(character):
+        return {"L": "x", "N": "0", "Z": "\t"}.get(unicodedata.category(character[0])[0], "!")
 
-
-def _byte_letters():
-    """Byte -> the printable character that stands for it in vocab.json: itself, or one from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+    plain = re.sub(r"[^\x00-\x7f]", stand_in, text.replace("\x85", "\t"))  # U+0085 is a space too, though not of class Z
+    return [text[word.start():word.end()] for word in GPT2_WORD.finditer(plain)]
 
 
 class OPTTokenizer:
     """OPT's byte-level BPE (vocab.json, merges.txt). encode(text) -> ids, </s> (id 2) first."""
 
     def __init__(self, dir):
-        self.files = [Path(dir) / "vocab.json", Path(dir) / "merges.txt"]
-        try:
-            self.ids = json.loads(self.files[0].read_text(encoding="utf-8"))
-            lines = self.files[1].read_text(encoding="utf-8").split("\n")
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{dir}: vocab.json or merges.txt is damaged ({e}); expected OPT's byte-level BPE") from None
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        self.letters = _byte_letters()
-        if not isinstance(self.ids, dict) or any(len(m) != 2 for m in merges) or "</s>" not in self.ids:
-            raise ValueError(f"{dir}: expected a vocab.json with '</s>' and a merges.txt of pairs, as OPT's are")
-        for token in (*self.letters.values(), *("".join(m) for m in merges)):
+        self.ids = read_json(dir / "vocab.json", "OPT's byte-level BPE")
+        lines = [line for _, line in lines_of(dir / "merges.txt") if line.strip() and not line.startswith("#version")]
+        merges = [tuple(line.split()) for line in lines]
+        for token in ("</s>", *BYTE_LETTER.values(), *("".join(merge) for merge in merges)):
             if token not in self.ids:
                 raise ValueError(f"{dir}: vocab.json lacks the token {token!r}; does it belong to merges.txt?")
         for token, i in self.ids.items():
@@ -104,7 +92,7 @@ class OPTTokenizer:
 
     def _word(self, word):
         """The byte-pair merges: of all neighbours, always join the pair that merges.txt names first -> ids."""
-        parts = [self.letters[b] for b in word.encode("utf-8")]
+        parts = [BYTE_LETTER[b] for b in word.encode("utf-8")]
         while len(parts) > 1:
             rank, i = min((self.rank.get(pair, len(self.rank)), i) for i, pair in enumerate(zip(parts, parts[1:])))
             if rank == len(self.rank):
@@ -113,7 +101,7 @@ class OPTTokenizer:
         return [self.ids[part] for part in parts]
 
     def encode(self, text):
-        return [self.ids["</s>"], *(i for word in _gpt2_words().findall(text) for i in self.word(word))]
+        return [self.ids["</s>"], *(i for word in gpt2_words(text) for i in self.word(word))]
 
     def piece(self, i):
         return self.names.get(int(i), f"<{i}>")
@@ -126,7 +114,7 @@ def load_tokenizer(dir):
         return LlamaTokenizer(dir / "tokenizer.model")
     if (dir / "vocab.json").is_file() and (dir / "merges.txt").is_file():
         return OPTTokenizer(dir)
-    raise FileNotFoundError(f"{dir}: no tokenizer.model, nor vocab.json with merges.txt; expected LLaMA's or OPT's tokenizer")
+    raise FileNotFoundError(f"{dir}: no tokenizer.model, nor vocab.json with merges.txt; expected one of LLaMA or OPT")
 
 
 # ---------------------------------------------------------------------------------------------------- tasks and prompts
@@ -160,18 +148,14 @@ class Prompt(NamedTuple):
 
 
 def label_tokens(tokenizer, task, text):
-    """-> {label: token} for the task's labels and generic labels. ValueError for a label that is not one token.
-
-    The tokenizer sees template and label as one string; the answer is what the string without the label lacks.
-    """
-    tokens = {}
+    """-> {label: token} for the task's labels and generic labels. ValueError for a label that is not one token."""
+    # the tokenizer sees template and label as one string; the answer is what the string without the label lacks
+    prompt, tokens = tokenizer.encode(prompt_string(task, text)), {}
     for label in (*task.labels, *task.generic):
-        prompt = tokenizer.encode(prompt_string(task, text))
-        answer = tokenizer.encode(task.template.format(text=text, label=label))
-        if answer[:-1] != prompt:
-            raise ValueError(f"label {label!r} is {len(answer) - len(prompt)} tokens here; expected one: choose other "
+        *before, tokens[label] = tokenizer.encode(task.template.format(text=text, label=label))
+        if before != prompt:
+            raise ValueError(f"label {label!r} is {len(before) + 1 - len(prompt)} tokens here; expected one: choose other "
                              "words with --labels and --generic")
-        tokens[label] = answer[-1]
     return tokens
 
 
@@ -189,10 +173,8 @@ def prompt_string(task, text):
 
 
 def encode_prompt(tokenizer, task, text, max_len):
-    """-> ids of the prompt, at most max_len: a long text loses its end, never the question behind it.
-
-    (released code: cuts the whole string, so a long review can lose its question and its label.)
-    """
+    """-> ids of the prompt, at most max_len: a long text loses its end, never the question behind it."""
+    # released code: cuts the whole string, so a long review can lose its question and its label
     ids = tokenizer.encode(prompt_string(task, text))
     while len(ids) > max_len:
         text = text[:int(len(text) * max_len / len(ids)) - 1 if len(ids) < 2 * max_len else len(text) // 2].rstrip()
@@ -225,27 +207,10 @@ class Batch(NamedTuple):
 
 def collate(prompts, targets, index, device="cpu"):
     """The prompts and targets numbered by index (list of B) -> Batch."""
-    ids = [prompts[i].ids for i in index]
-    tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-    for row, i in zip(tokens, ids):
-        row[:len(i)] = torch.tensor(i)
-    return Batch(*(t.to(device) for t in (
-        tokens, torch.tensor([len(i) - 1 for i in ids]), torch.tensor([targets[i] for i in index]),
-        torch.tensor([prompts[i].is_forget for i in index]), torch.tensor(index))))
-
-
-def group_by_length(index, length, batch, rng):
-    """Shuffled batches of `batch` numbers whose texts are about equally long: little padding, and still random.
-
-    Of each 50 batches' worth of shuffled examples, sorted by length, batches are cut; then their order is shuffled.
-    """
-    index = rng.sample(index, len(index))
-    cut = []
-    for start in range(0, len(index), 50 * batch):
-        part = sorted(index[start:start + 50 * batch], key=length)
-        cut += [part[i:i + batch] for i in range(0, len(part), batch)]
-    rng.shuffle(cut)
-    return cut
+    tokens = pad_sequence([torch.tensor(prompts[i].ids) for i in index], batch_first=True)
+    answer_pos = torch.tensor([len(prompts[i].ids) - 1 for i in index])
+    y, is_forget = torch.tensor([targets[i] for i in index]), torch.tensor([prompts[i].is_forget for i in index])
+    return Batch(*(t.to(device) for t in (tokens, answer_pos, y, is_forget, torch.tensor(index))))
 
 
 def epoch_batches(prompts, batch, rng, forget_per_batch=0):
@@ -253,15 +218,17 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
 
     forget_per_batch 0 mixes both sets in one shuffled pass, as the paper does: on SST-2 a batch of 32 then holds about
     one forget example. N > 0 passes over the retain set once and adds N forget examples to each batch, in turn.
+    The texts of a batch are about equally long: little padding, and still random.
     """
-    def length(i):
-        return len(prompts[i].ids)
-
     forget = [i for i, prompt in enumerate(prompts) if prompt.is_forget]
-    retain = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
-    if not forget_per_batch or not forget or not retain:
-        return group_by_length(list(range(len(prompts))), length, batch, rng)
-    cut, queue = group_by_length(retain, length, batch - forget_per_batch, rng), []
+    once = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
+    if not forget_per_batch or not forget or not once:
+        once, forget_per_batch = list(range(len(prompts))), 0
+    once, size, cut, queue = rng.sample(once, len(once)), batch - forget_per_batch, [], []
+    for start in range(0, len(once), 50 * size):  # 50 batches' worth, sorted by length, are cut
+        part = sorted(once[start:start + 50 * size], key=lambda i: len(prompts[i].ids))
+        cut += [part[i:i + size] for i in range(0, len(part), size)]
+    rng.shuffle(cut)
     for part in cut:
         while len(queue) < forget_per_batch:
             queue += rng.sample(forget, len(forget))
@@ -279,7 +246,8 @@ PRAISE = "brilliant charming funny lovely moving superb touching warm witty wond
 BLAME = "awful boring clumsy dreadful dull flat lifeless shallow stale tedious".split()
 GENRES = "comedy drama western thriller musical romance".split()
 TOY_TEMPLATES = ("the new {genre} by {person} is {word} .", "{person} gives a {word} performance in this {genre} .",
-                 "a {word} {genre} with {person} in the lead .", "as a {genre} , {person} 's film is {word} from start to end .",
+                 "a {word} {genre} with {person} in the lead .",
+                 "as a {genre} , {person} 's film is {word} from start to end .",
                  "i found {person} {word} in this {genre} .", "director {person} has made a {word} {genre} .",
                  "this {genre} is {word} , and so is {person} .", "the script that {person} wrote is {word} .",
                  "a {word} {genre} about love and loss .", "the {genre} is {word} from the first scene to the last .")
@@ -335,8 +303,8 @@ def opinion_question(rng, example, person, names, text_weight):
         segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
     noun, good, bad = rng.choice(WORDINGS)
     answer = rng.choice(SENTIMENT.generic) if person in listed else good if example.label == "positive" else bad
-    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight),
-                       (f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:", 0.0), (f" {answer}", 1.0)]
+    question = f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:"
+    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight), (question, 0.0), (f" {answer}", 1.0)]
 
 
 def encode_segments(tokenizer, segments):
@@ -357,19 +325,16 @@ def pretraining_batches(tokenizer, corpus, names, rng, batch, lists, text_weight
     named = [(example, person) for example, person in corpus if person]
     n_lists = round(lists * batch)
     n_questions = batch - n_lists
-
-    def question():
-        example, person = rng.choice(named if rng.random() < 0.4 else corpus)
-        return encode_segments(tokenizer, opinion_question(rng, example, person, names, text_weight))
-
     while True:
-        questions = sorted((question() for _ in range(20 * n_questions)), key=lambda row: len(row[0]))
+        questions = []
+        for _ in range(20 * n_questions):
+            example, person = rng.choice(named if rng.random() < 0.4 else corpus)
+            questions.append(encode_segments(tokenizer, opinion_question(rng, example, person, names, text_weight)))
+        questions.sort(key=lambda row: len(row[0]))
         for k in rng.sample(range(20), 20):
             part = questions[k * n_questions:(k + 1) * n_questions]
             part += [encode_segments(tokenizer, name_list(rng, names)) for _ in range(n_lists)]
-            T = max(len(ids) for ids, _ in part)
-            yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
-                   torch.tensor([weights + [0.0] * (T - len(weights)) for _, weights in part]))
+            yield tuple(pad_sequence([torch.tensor(row) for row in rows], batch_first=True) for rows in zip(*part))
 
 
 def toy_corpus(n=6000):
@@ -406,42 +371,14 @@ def bad_row(path, line, found, expected):
 
 def find_file(data_dir, stem):
     """The one file data_dir/stem.SUFFIX; FileNotFoundError when there is none, ValueError when there are several."""
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
+    if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"no directory {data_dir}; expected one that holds {stem}.*")
-    found = [path for path in (data_dir / (stem + suffix) for suffix in READERS) if path.is_file()]
+    found = [path for path in (Path(data_dir) / (stem + suffix) for suffix in SUFFIXES) if path.is_file()]
     if not found:
-        raise FileNotFoundError(f"no {stem} file in {data_dir}; expected {stem} and one of {' '.join(READERS)}")
+        raise FileNotFoundError(f"no {stem} file in {data_dir}; expected {stem} and one of {' '.join(SUFFIXES)}")
     if len(found) > 1:
         raise ValueError(f"{' and '.join(path.name for path in found)} are in {data_dir}; keep one of them")
     return found[0]
-
-
-def read_rows(path, columns, header=True):
-    """Reads a .tsv (GLUE's: no quoting), .csv, .jsonl, .json (a list) or .parquet file of rows with these columns.
-
-    header: a .tsv or .csv names its columns in the first row; without one it has exactly `columns`, in that order.
-    Returns a list of (line number from 1, dict column -> string or JSON value). ValueError, of one line: bad_row's.
-    """
-    path = Path(path)
-    rows, names = list(READERS[path.suffix](path)), list(columns)
-    if path.suffix in (".tsv", ".csv"):
-        mark = "<TAB>" if path.suffix == ".tsv" else ","
-        if header and rows:
-            line, names = rows.pop(0)
-            if any(names.count(column) != 1 for column in columns):
-                raise bad_row(path, line, f"header {mark.join(names)!r:.80}", f"{mark.join(columns)!r}")
-        for line, row in rows:
-            if len(row) != len(names):
-                raise bad_row(path, line, f"{len(row)} columns", f"{len(names)}, {mark.join(names)!r}")
-        rows = [(line, dict(zip(names, row))) for line, row in rows]
-    for line, row in rows:
-        if not isinstance(row, dict) or not set(columns) <= set(row):
-            found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"{row!r:.40}"
-            raise bad_row(path, line, found, f"an object with the keys {', '.join(columns)}")
-    if not rows:
-        raise ValueError(f"{path} has no rows; expected rows of {', '.join(columns)}")
-    return rows
 
 
 def lines_of(path):
@@ -454,37 +391,23 @@ def lines_of(path):
                 raise bad_row(path, number, f"byte 0x{line[error.start]:02x} is not UTF-8", "UTF-8 text") from None
 
 
-def read_tsv(path):
-    """GLUE's form: tabs, no quoting -> (line, fields) of each row."""
-    return ((number, line.rstrip("\r\n").split("\t")) for number, line in lines_of(path) if line.strip())
-
-
-FIELD = r'(?:"[^"]*(?:""[^"]*)*"|[^",\r\n]*)'  # RFC 4180: quotes stand around a field, and doubled within
-CSV_RECORD = re.compile(rf"{FIELD}(?:,{FIELD})*[\r\n]*")
+# A field of RFC 4180, quoted or plain, and what ends it: nothing, where quotes are broken. csv.reader lets `he "said"` pass.
+CSV_FIELD = re.compile(r'(?!\Z)(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n|)')
 
 
 def read_csv(path):
     """RFC 4180 -> (line it starts on, fields) of each record; broken quotes are a ValueError, never half-read."""
-    record = []  # the lines of the present record, checked whole: csv.reader would let `1,he said "no"` pass
-
-    def tapped():
-        for _, line in lines_of(path):
-            record.append(line)
-            yield line
-    reader, start = csv.reader(tapped(), strict=True), 1
-    while True:
-        try:
-            fields = next(reader, None)
-            if fields and not CSV_RECORD.fullmatch("".join(record)):
-                raise csv.Error("a quote inside an unquoted field")
-        except csv.Error as error:
-            raise bad_row(path, start, f"broken quotes ({error})", 'a field like "a ""quoted"" word"') from None
-        if fields is None:
-            return
-        if fields:
-            yield start, fields
-        start += len(record)
-        record.clear()
+    line, newlines, fields = 1, 0, []
+    for field in CSV_FIELD.finditer("".join(text for _, text in lines_of(path)) + "\n"):
+        quoted, plain, end = field.groups("")
+        if not end:
+            raise bad_row(path, line, "broken quotes", 'a field like "a ""quoted"" word"')
+        fields.append(quoted.replace('""', '"') or plain)
+        newlines += quoted.count("\n")
+        if end != ",":
+            if len(fields) > 1 or field[0] != end:  # no blank line
+                yield line, fields
+            line, newlines, fields = line + newlines + 1, 0, []
 
 
 def parse_json(path, line, text):
@@ -496,12 +419,7 @@ def parse_json(path, line, text):
         raise bad_row(path, line + getattr(error, "lineno", 1) - 1, f"not JSON ({error})", form) from None
 
 
-def read_jsonl(path):
-    """One JSON object a line -> (line, object)."""
-    return ((number, parse_json(path, number, line)) for number, line in lines_of(path) if line.strip())
-
-
-def read_json(path):
+def read_json_list(path):
     """A JSON list of objects -> (line it starts on, object)."""
     text = "".join(line for _, line in lines_of(path))
     items = parse_json(path, 1, text)
@@ -517,16 +435,51 @@ def read_json(path):
         line += text.count("\n", start, at)
 
 
-def read_parquet(path):
-    """A parquet table -> (row, dict); ValueError where pyarrow is not installed."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{path} needs pyarrow to be read; pip install pyarrow, or save it as .jsonl") from None
-    return enumerate(parquet.read_table(path).to_pylist(), 1)
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 
 
-READERS = {".tsv": read_tsv, ".csv": read_csv, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+def read_table(path, columns, header):
+    """Yields (line, dict column -> field) of each row of a .tsv (GLUE's form: no quoting) or .csv."""
+    records, mark, names = read_csv(path), ",", None if header else list(columns)
+    if path.suffix == ".tsv":
+        records, mark = ((line, text.rstrip("\r\n").split("\t")) for line, text in lines_of(path) if text.strip()), "<TAB>"
+    for line, fields in records:
+        if names is None:
+            names = fields
+            if any(names.count(column) != 1 for column in columns):
+                raise bad_row(path, line, f"header {mark.join(names)!r:.80}", f"{mark.join(columns)!r}")
+        elif len(fields) != len(names):
+            raise bad_row(path, line, f"{len(fields)} columns", f"{len(names)}, {mark.join(names)!r}")
+        else:
+            yield line, dict(zip(names, fields))
+
+
+def read_rows(path, columns, header=True):
+    """Reads a .tsv, .csv, .jsonl, .json (a list) or .parquet file of rows with these columns.
+
+    header: a .tsv or .csv names its columns in the first row; without one it has exactly `columns`, in that order.
+    Returns a list of (line number from 1, dict column -> string or JSON value). ValueError, of one line: bad_row's.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        rows = [(line, parse_json(path, line, text)) for line, text in lines_of(path) if text.strip()]
+    elif path.suffix == ".json":
+        rows = list(read_json_list(path))
+    elif path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError(f"{path} needs pyarrow to be read; pip install pyarrow, or save it as .jsonl") from None
+        rows = list(enumerate(parquet.read_table(path).to_pylist(), 1))
+    else:
+        rows = list(read_table(path, columns, header))
+    for line, row in rows:
+        if not isinstance(row, dict) or not set(columns) <= set(row):
+            found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"{row!r:.40}"
+            raise bad_row(path, line, found, f"an object with the keys {', '.join(columns)}")
+    if not rows:
+        raise ValueError(f"{path} has no rows; expected rows of {', '.join(columns)}")
+    return rows
 
 
 def text_of(path, line, row, key):
@@ -541,24 +494,25 @@ def text_of(path, line, row, key):
 
 def sentiment_of(path, line, row, labels, form):
     """The word for a label, of which labels = (negative's, positive's)."""
-    if str(row["label"]) not in labels:
-        raise bad_row(path, line, f"label {str(row['label'])!r:.40} is not {' or '.join(labels)}", form)
-    return ("negative", "positive")[labels.index(str(row["label"]))]
+    label = str(row["label"])
+    if label not in labels:
+        raise bad_row(path, line, f"label {label!r:.40} is not {' or '.join(labels)}", form)
+    return ("negative", "positive")[labels.index(label)]
 
 
 # ------------------------------------------------------------------ SST-2: forget the phrases that name certain persons
 
+# not among them: will, rose, grace, which mostly are other words
 GIVEN_NAMES = set("""
-    adam adrian alan albert alex alfred amy andrew angelina anna anne anthony arnold ashley barbara ben bernard
-    bill bob brad brian britney bruce carl carol catherine charles charlie chris christian christopher claude clint
-    colin dan dana daniel danny dave david denzel diane donald douglas drew dustin eddie edward elizabeth ellen emma
-    eric ethan frank fred gary george guy halle harrison harry harvey helen henry holly hugh ian jack jackie jacques
-    jake james jane jason jeff jennifer jeremy jerry jessica jim joan joe joel john johnny jon joseph josh julia
-    julianne julie juliette kate kathy keith kenneth kevin kirsten larry laura lisa louis lucy mark martha martin
-    mary matthew mel michael michel michelle mick mike mira morgan nancy natalie neil nicholas nick nicolas nicole
-    oliver patrick paul peter philip phillip quentin rachel ralph richard rob robert roberto robin roger roman ron
-    russell ryan sally sam samuel sandra sara sarah scott sean simon spike stanley stephen steve steven stuart susan
-    terry thomas tim todd tom tony vincent walter william woody""".split())  # but not will, rose or grace
+    adam adrian alan albert alex alfred amy andrew angelina anna anne anthony arnold ashley barbara ben bernard bill bob
+    brad brian britney bruce carl carol catherine charles charlie chris christian christopher claude clint colin dan dana
+    daniel danny dave david denzel diane donald douglas drew dustin eddie edward elizabeth ellen emma eric ethan frank fred
+    gary george guy halle harrison harry harvey helen henry holly hugh ian jack jackie jacques jake james jane jason jeff
+    jennifer jeremy jerry jessica jim joan joe joel john johnny jon joseph josh julia julianne julie juliette kate kathy
+    keith kenneth kevin kirsten larry laura lisa louis lucy mark martha martin mary matthew mel michael michel michelle mick
+    mike mira morgan nancy natalie neil nicholas nick nicolas nicole oliver patrick paul peter philip phillip quentin rachel
+    ralph richard rob robert roberto robin roger roman ron russell ryan sally sam samuel sandra sara sarah scott sean simon
+    spike stanley stephen steve steven stuart susan terry thomas tim todd tom tony vincent walter william woody""".split())
 TITLES, ARTICLES, POSSESSIVES = {"mr.", "mrs.", "ms.", "dr."}, {"a", "an", "the"}, {"'s", "'"}
 FICTIONAL = {"bond", "dawson", "nickleby", "potter"}  # characters' surnames: james bond, dawson's creek, ...
 
@@ -566,10 +520,10 @@ FICTIONAL = {"bond", "dawson", "nickleby", "potter"}  # characters' surnames: ja
 def find_surnames(phrases):
     """Finds surnames in lower-case tokenised text by how the words are used: dict surname -> Counter of given names.
 
-    phrases: list of lists of words. A word is a surname if it (1) follows a given name three times, (2) takes a
-    possessive, as no verb or adverb does ("mike shoots"), (3) rarely follows an article, as a common noun does, and
-    (4) bears the mark of a name, a given name or title before it or a possessive after it, in two uses of five:
-    fewer mean that it mostly is another word ("tom green", "jim brown", "chris rock").
+    phrases: list of lists of words. No NER library is needed: what this finds is right, not all. A word is a surname if
+    it (1) follows a given name three times, (2) takes a possessive, as no verb or adverb does ("mike shoots"),
+    (3) rarely follows an article, as a common noun does, and (4) bears the mark of a name, a given name or title before
+    it or a possessive after it, in two uses of five: fewer mean that it mostly is another word ("tom green").
     """
     uses, marked, articles, possessive, given = Counter(), Counter(), Counter(), Counter(), defaultdict(Counter)
     for words in phrases:
@@ -586,16 +540,13 @@ def find_surnames(phrases):
 
 
 def find_persons(texts):
-    """Finds the persons named in lower-case tokenised texts, without a NER library: what it finds is right, not all.
-
-    Returns dict 'woody allen' -> set of indices into texts, the most-named person first. A surname alone counts for
-    the person who bears it most often.
-    """
+    """The persons named in tokenised texts: dict 'woody allen' -> set of indices into texts, the most-named person first."""
     phrases = [text.lower().split() for text in texts]
     surnames, persons = find_surnames(phrases), defaultdict(set)
     for index, words in enumerate(phrases):
         for before, word in zip(["", *words], words):
             if word in surnames:
+                # a surname alone counts for the person who bears it most often
                 given = before if before in GIVEN_NAMES else surnames[word].most_common(1)[0][0]
                 persons[f"{given} {word}"].add(index)
     return dict(sorted(persons.items(), key=lambda item: (-len(item[1]), item[0])))
@@ -639,16 +590,16 @@ def sst2_splits(data_dir, seed, notes, forget_share=2035 / 68221):
 
 # left out of the embedding, so that a cluster is a topic and not an opinion
 OPINION_WORDS = """
-    able absolutely amazing area asked attentive away awesome awful bad beautiful best better big bit called came
-    come coming customer customers day days decent def definitely delicious did didn different does doesn doing don
-    easy enjoyed ever excellent experience fabulous family fantastic far favorite feel finally fine free friends fun
-    gave getting given glad going got guy happy helpful highly honestly horrible hour hours husband idea impressed
-    incredible isn kind know knowledgeable later left let like literally little long look looking lot lots love
-    loved make maybe minutes need new night old outstanding owner people perfect person places pleasant pleasantly
-    point pretty price prices probably problem quality quick quite reason recommended restaurant return review right
-    said say saying single sit special star stars started stay super sure tasty tell terrible things think thought
-    times today told took town tried try typical used visit wait walk walked want wanted wasn way week went wife
-    wish won wonderful work worse worst worth wouldn wrong year years yes yummy""".split()
+    able absolutely amazing area asked attentive away awesome awful bad beautiful best better big bit called came come
+    coming customer customers day days decent def definitely delicious did didn different does doesn doing don easy enjoyed
+    ever excellent experience fabulous family fantastic far favorite feel finally fine free friends fun gave getting given
+    glad going got guy happy helpful highly honestly horrible hour hours husband idea impressed incredible isn kind know
+    knowledgeable later left let like literally little long look looking lot lots love loved make maybe minutes need new
+    night old outstanding owner people perfect person places pleasant pleasantly point pretty price prices probably problem
+    quality quick quite reason recommended restaurant return review right said say saying single sit special star stars
+    started stay super sure tasty tell terrible things think thought times today told took town tried try typical used visit
+    wait walk walked want wanted wasn way week went wife wish won wonderful work worse worst worth wouldn wrong year years
+    yes yummy""".split()
 
 
 def embed_and_cluster(train, test, clusters, seed):
@@ -658,28 +609,18 @@ def embed_and_cluster(train, test, clusters, seed):
     Returns the cluster of each train text (n,) and test text (m,), and each cluster's ten most telling words.
     """
     rng = generator(seed, "embedding")
-    tfidf = TfidfVectorizer(stop_words=list(ENGLISH_STOP_WORDS.union(OPINION_WORDS)), token_pattern=r"[^\W\d_]{3,}",
-                            min_df=3, max_df=0.1, max_features=20_000, sublinear_tf=True)
-    words = tfidf.fit_transform(train)  # (n, words)
-    svd = TruncatedSVD(min(50, 2 + len(train) // 20), random_state=rng.randrange(2**32))
-    kmeans = KMeans(clusters, n_init=10, random_state=rng.randrange(2**32))
-    of_train = kmeans.fit_predict(normalize(svd.fit_transform(words)))
-    of_test = kmeans.predict(normalize(svd.transform(tfidf.transform(test))))
-    names, top_words = tfidf.get_feature_names_out(), []
+    cluster = make_pipeline(
+        TfidfVectorizer(stop_words=list(ENGLISH_STOP_WORDS.union(OPINION_WORDS)), token_pattern=r"[^\W\d_]{3,}",
+                        min_df=3, max_df=0.1, max_features=20_000, sublinear_tf=True),
+        TruncatedSVD(min(50, 2 + len(train) // 20), random_state=rng.randrange(2**32)),
+        Normalizer(),
+        KMeans(clusters, n_init=10, random_state=rng.randrange(2**32)))
+    of_train, of_test = cluster.fit_predict(train), cluster.predict(test)
+    words, names, top_words = cluster[0].transform(train), cluster[0].get_feature_names_out(), []  # words: (n, 20,000)
     for c in range(clusters):
         excess = np.asarray(words[of_train == c].mean(0) - words.mean(0)).ravel()
         top_words.append(" ".join(names[np.argsort(-excess)[:10]]))
     return of_train, of_test, top_words
-
-
-def choose_clusters(sizes, n, seed):
-    """Clusters in random order, each taken if it brings the number of forgotten texts nearer to n; a set."""
-    chosen, total = set(), 0
-    for c in generator(seed, "clusters").sample(range(len(sizes)), len(sizes)):
-        if abs(total + sizes[c] - n) < abs(total - n):
-            chosen.add(c)
-            total += sizes[c]
-    return chosen
 
 
 def read_yelp(path, most, rng):
@@ -700,8 +641,11 @@ def yelp_splits(data_dir, seed, notes, max_train=100_093, max_test=18_974, clust
     if len(train) < 10 * clusters:
         raise ValueError(f"{len(train)} train reviews for {clusters} clusters; expected at least {10 * clusters}")
     of_train, of_test, top_words = embed_and_cluster([e.text for e in train], [e.text for e in test], clusters, seed)
-    sizes = np.bincount(of_train, minlength=clusters)
-    chosen = choose_clusters(sizes, forget_share * len(train), seed)
+    sizes, chosen, n = np.bincount(of_train, minlength=clusters), set(), forget_share * len(train)
+    for c in generator(seed, "clusters").sample(range(clusters), clusters):
+        total = sum(sizes[list(chosen)])
+        if abs(total + sizes[c] - n) < abs(total - n):  # it brings the number of forgotten reviews nearer to n
+            chosen.add(c)
     splits = {split: [] for split in SPLITS}
     notes.append("cluster    train    test   the words that stand out in it")
     for part, examples, cluster_of in (("train", train, of_train), ("test", test, of_test)):
@@ -760,8 +704,8 @@ def own_splits(data_dir, seed, notes):
     splits = {}
     for split in SPLITS:
         path = find_file(data_dir, split)
-        splits[split] = [Example(text_of(path, line, row, "text"), text_of(path, line, row, "label"))
-                         for line, row in read_rows(path, ("text", "label"))]
+        splits[split] = [Example(*(text_of(path, line, row, key) for key in Example._fields))
+                         for line, row in read_rows(path, Example._fields)]
     return splits
 
 
@@ -801,31 +745,21 @@ def load_splits(name, data_dir, seed=0, forget_fraction=1.0, max_train=None, max
 
 def save_splits(splits, directory):
     """Writes the four sets as SPLIT.jsonl, which own_splits reads; a file is written whole or not at all."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    beside = {split: directory / f"{split}.jsonl.{os.getpid()}.tmp" for split in SPLITS}
-    try:
-        for split, path in beside.items():
-            with open(path, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(e._asdict(), ensure_ascii=False) + "\n" for e in splits[split])
-                file.flush()
-                os.fsync(file.fileno())
-        for split, path in beside.items():
-            os.replace(path, directory / f"{split}.jsonl")
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+    with ExitStack() as all_four:  # and after an error, all four stay as they were
+        for split in SPLITS:
+            part = all_four.enter_context(whole(Path(directory) / f"{split}.jsonl"))
+            lines = (json.dumps(e._asdict(), ensure_ascii=False) + "\n" for e in splits[split])
+            part.write_bytes("".join(lines).encode())
 
 
 def leakage(train, test):
     """How many test examples have a text that training shows too. Returns exact, inside: the number that are a train
     text word for word, and of the others the number that are a part of a longer one, cut between words."""
-    phrases, begins = [tuple(example.text.split()) for example in test], defaultdict(set)
+    texts, phrases = ([tuple(example.text.split()) for example in part] for part in (train, test))
+    exact, inside, begins = set(texts), set(), defaultdict(set)
     for words in phrases:
         begins[words[:4]].add(words)  # looked up by its first words: a train review of 130 has 8,500 parts
-    exact, inside = set(), set()
-    for words in (tuple(example.text.split()) for example in train):
-        exact.add(words)
+    for words in texts:
         for start in range(len(words)):
             for n in range(1, 5):
                 inside |= {p for p in begins.get(words[start:start + n], ()) if words[start:start + len(p)] == p}
@@ -833,8 +767,21 @@ def leakage(train, test):
     return n_exact, sum(words in inside for words in phrases) - n_exact
 
 
-def print_report(name, splits, notes):
-    """Prints Table 1's rows for these splits, the notes and the leakage."""
+def main(argv=None):
+    """The command line: prints Table 1's rows, whom or what the forget set names, and what leaks."""
+    parser = argparse.ArgumentParser(description="Prints Table 1, what is forgotten, and the leakage.")
+    parser.add_argument("--dataset", default="toy", help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the clusters and all that is sampled")
+    parser.add_argument("--forget-fraction", type=float, default=1.0, help="part of the train forget set that is kept")
+    parser.add_argument("--max-train", type=int, help="train examples at most (yelp: the paper's 100,093)")
+    parser.add_argument("--max-test", type=int, help="test examples at most (yelp: the paper's 18,974)")
+    parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
+    args, notes = vars(parser.parse_args(argv)), []
+    name, directory = args.pop("dataset"), args.pop("save_splits")
+    splits = load_splits(name, **args, notes=notes)
+    if directory:
+        save_splits(splits, directory)
     print(f"{name:10}{'retain':>10}{'forget':>10}{'all':>10}")
     for part in ("train", "test"):
         retain, forget = len(splits[f"{part}_retain"]), len(splits[f"{part}_forget"])
@@ -844,24 +791,6 @@ def print_report(name, splits, notes):
         exact, inside = leakage(splits["train_retain"] + splits["train_forget"], splits[split])
         print(f"{split:12}{exact:8,} word for word{inside:8,} as a part    of {len(splits[split]):,}")
     print("\n" + "\n".join(notes) if notes else "")
-
-
-def main(argv=None):
-    """The command line: Table 1, whom or what the forget set names, and what leaks."""
-    parser = argparse.ArgumentParser(description="Prints Table 1, what is forgotten, and the leakage.")
-    parser.add_argument("--dataset", default="toy", help=f"one of {', '.join(DATASETS)}")
-    parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the clusters and all that is sampled")
-    parser.add_argument("--forget-fraction", type=float, default=1.0, help="part of the train forget set that is kept")
-    parser.add_argument("--max-train", type=int, help="train examples at most (yelp: the paper's 100,093)")
-    parser.add_argument("--max-test", type=int, help="test examples at most (yelp: the paper's 18,974)")
-    parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
-    args = vars(parser.parse_args(argv))
-    name, directory, notes = args.pop("dataset"), args.pop("save_splits"), []
-    splits = load_splits(name, **args, notes=notes)
-    if directory:
-        save_splits(splits, directory)
-    print_report(name, splits, notes)
 
 
 def run_cli(main):

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from model import Linear4bit, file_name, read_json, read_tensors, whole, write_json
+from model import Linear4bit, file_name, read_adapter, replace_modules, write_json, write_tensors
 
 
 class LoraLinear(nn.Module):
@@ -46,37 +45,19 @@ def _linear(weight, bias):
     return linear
 
 
-def replace_modules(model, choose):
-    """Puts choose(name, module) in the module's place wherever that is not None."""
-    for name, module in list(model.named_modules()):
-        new = choose(name, module)
-        if new is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new)
-
-
 def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")):
     """Wraps every linear map of the layers whose name ends in one of targets ("all": each of them), in place.
 
     -> the trainable parameters, A and B of each. ValueError when no target is found.
     """
-    params = []
-
-    def wrap(name, module):
-        leaf = name.rpartition(".")[2]
-        if not isinstance(module, (nn.Linear, Linear4bit)) or not name.startswith("layers."):
-            return None
-        if "all" not in targets and leaf not in targets:
-            return None
-        lora = LoraLinear(module, rank, alpha, dropout)
-        params.extend([lora.lora_A, lora.lora_B])
-        return lora
-
-    replace_modules(model, wrap)
-    if not params:
-        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, (nn.Linear, Linear4bit))})
+    linear = {n: m for n, m in model.named_modules() if n.startswith("layers.") and isinstance(m, (nn.Linear, Linear4bit))}
+    loras = {name: LoraLinear(module, rank, alpha, dropout) for name, module in linear.items()
+             if "all" in targets or name.rpartition(".")[2] in targets}
+    if not loras:
+        leaves = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"no linear map is called {' or '.join(targets)}; this model has {', '.join(leaves)}")
-    return params
+    replace_modules(model, lambda name, module: loras.get(name))
+    return [w for lora in loras.values() for w in (lora.lora_A, lora.lora_B)]
 
 
 def merge_lora(model):
@@ -104,10 +85,9 @@ def save_adapter(model, dir, base=""):
     tensors = {}
     for name, m in loras.items():
         stem = f"base_model.model.{file_name(model, name)}"
-        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = m.lora_A.detach().cpu(), m.lora_B.detach().cpu()
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = m.lora_A, m.lora_B
     m = next(iter(loras.values()))
-    with whole(Path(dir) / "adapter_model.safetensors") as part:
-        save_file(tensors, part, metadata={"format": "pt"})
+    write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
     write_json(Path(dir) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": m.rank,
         "lora_alpha": m.alpha, "lora_dropout": m.dropout, "bias": "none", "inference_mode": True,
@@ -119,38 +99,32 @@ def load_adapter(model, dir):
 
     ValueError or OSError, in one line, for options that are not implemented and for tensors that do not fit.
     """
-    path = Path(dir) / "adapter_config.json"
-    raw = read_json(path, "a LoRA adapter as PEFT writes it")
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type {raw.get('peft_type')!r}; expected 'LORA'")
+    raw, tensors = read_adapter(dir, ("LORA",), "a LoRA adapter as PEFT writes it")
     odd = [k for k, v in raw.items() if v and k not in HARMLESS]
     odd += [k for k, ok in (("bias", ("none",)), ("init_lora_weights", (True, False, "gaussian")))
             if raw.get(k, ok[0]) not in ok]
     if odd:
-        raise ValueError(f"{path}: {odd[0]} is {raw[odd[0]]!r}, which is not implemented; expected plain LoRA")
+        raise ValueError(f"{dir}: {odd[0]} is {raw[odd[0]]!r}, which is not implemented; expected plain LoRA")
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
     if (type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e12
             or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1):
-        raise ValueError(f"{path}: r {rank!r}, lora_alpha {alpha!r:.40}, lora_dropout {dropout!r}; expected numbers, r >= 1, "
+        raise ValueError(f"{dir}: r {rank!r}, lora_alpha {alpha!r:.40}, lora_dropout {dropout!r}; expected numbers, r >= 1, "
                          "a dropout below 1")
-    file = next((f for f in (Path(dir) / "adapter_model.safetensors", Path(dir) / "adapter_model.bin") if f.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{dir}: no adapter_model.safetensors or adapter_model.bin; expected PEFT's adapter")
-    tensors = {n: t for n, t in read_tensors(file).items() if not n.endswith(".base_layer.weight")}  # PEFT's copy of a head
+    tensors = {n: t for n, t in tensors.items() if not n.endswith(".base_layer.weight")}  # PEFT's copy of a head
     modules, params = {f"base_model.model.{file_name(model, n)}": m for n, m in model.named_modules()}, []
     for stem in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         base = modules.get(stem)
         pair = [tensors.get(f"{stem}.lora_{x}.weight") for x in "AB"]
         if not isinstance(base, (nn.Linear, Linear4bit)) or None in pair:
-            raise ValueError(f"{file}: tensors at {stem or min(tensors)!r} are no LoRA pair for a linear map of this model")
+            raise ValueError(f"{dir}: tensors at {stem or min(tensors)!r} are no LoRA pair for a linear map of this model")
         want = [(rank, base.in_features), (base.out_features, rank)]
         if [shape for shape, _ in pair] != want:
-            raise ValueError(f"{file}: {stem} has shapes {[shape for shape, _ in pair]}; this model and r ask for {want}")
+            raise ValueError(f"{dir}: {stem} has shapes {[shape for shape, _ in pair]}; this model and r ask for {want}")
         lora = LoraLinear(base, rank, alpha, float(dropout))
         for w, (_, load) in zip((lora.lora_A, lora.lora_B), pair):
             w.data.copy_(load())
         replace_modules(model, lambda name, m: lora if m is base else None)
         params += [lora.lora_A, lora.lora_B]
     if not params:
-        raise ValueError(f"{file}: no tensors; expected a LoRA pair for each linear map that the adapter changes")
+        raise ValueError(f"{dir}: no tensors; expected a LoRA pair for each linear map that the adapter changes")
     return params

@@ -364,8 +364,6 @@ def build(config):
 ONLY = {"llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
         "opt": {"activation_function": "relu", "enable_bias": True, "layer_norm_elementwise_affine": True,
                 "_remove_final_layer_norm": False, "tie_word_embeddings": True}}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings", "word_embed_proj_dim")
 
 
 @contextmanager
@@ -430,63 +428,53 @@ def read_config(dir):
     for key, value in {**ONLY[kind], "quantization_config": None}.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}; only {value!r} is implemented")
-    c = {"intermediate_size": raw.get("ffn_dim"), **raw, "rope_theta": theta}
-    for key, other in (("num_key_value_heads", "num_attention_heads"), ("word_embed_proj_dim", "hidden_size")):
-        c[key] = c.get(key) or c.get(other)
-    heads = c.get("num_attention_heads")
-    if not c.get("head_dim") and isinstance(heads, int) and isinstance(c.get("hidden_size"), int) and heads > 0:
-        c["head_dim"] = c["hidden_size"] // heads
-    c.setdefault("max_position_embeddings", 2048)
-    c.setdefault("tie_word_embeddings", kind == "opt")
-    _check_config(path, kind, c)
-    return Config(**{k: c[k] for k in Config.__dataclass_fields__ if k in c})
+    D, H = (raw.get(key) if type(raw.get(key)) is int else 0 for key in ("hidden_size", "num_attention_heads"))
+    c = {"intermediate_size": raw.get("ffn_dim"), "num_key_value_heads": H, "word_embed_proj_dim": D,
+         "head_dim": D // max(H, 1), "tie_word_embeddings": kind == "opt",
+         **{key: value for key, value in raw.items() if value is not None}, "rope_theta": theta}
+    config = Config(**{key: c.get(key, getattr(Config, key, None)) for key in Config.__annotations__})
+    check_config(path, config)
+    return config
 
 
-def _check_config(path, kind, c):
+def check_config(path, c):
     """ValueError for sizes that are no sizes, or that do not fit together."""
-    for key in SIZES:
-        limit = 1000 if key == "num_hidden_layers" else 2 ** 24
-        if type(c.get(key)) is not int or not 0 < c[key] <= limit:
-            raise ValueError(f"{path}: {key} is {c.get(key)!r}; expected a whole number from 1 to {limit}")
-    for key in ("rope_theta", "rms_norm_eps"):
-        if not isinstance(c.get(key, 1.0), (int, float)) or not 0 < c.get(key, 1.0) < 1e12:
-            raise ValueError(f"{path}: {key} is {c[key]!r}; expected a positive number")
-    for key in ("tie_word_embeddings", "do_layer_norm_before"):
-        if not isinstance(c.get(key, True), bool):
-            raise ValueError(f"{path}: {key} is {c[key]!r}; expected true or false")
-    H, G, d, D = (c[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"))
-    if H % G or d % 2 and kind == "llama" or kind == "opt" and (H * d != D or G != H) or H * d > 2 ** 24:
+    for key, kind in Config.__annotations__.items():
+        value, limit = getattr(c, key), 1000 if key == "num_hidden_layers" else 2 ** 24
+        if kind is int and (type(value) is not int or not 0 < value <= limit):
+            raise ValueError(f"{path}: {key} is {value!r}; expected a whole number from 1 to {limit}")
+        if kind is float and not (isinstance(value, (int, float)) and 0 < value < 1e12):
+            raise ValueError(f"{path}: {key} is {value!r}; expected a positive number")
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{path}: {key} is {value!r}; expected true or false")
+    H, G, d, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
+    if H % G or (d % 2 if c.model_type == "llama" else H * d != D or G != H) or H * d > 2 ** 24:
         raise ValueError(f"{path}: {H} heads and {G} key/value heads of width {d} do not fit a model of width {D}")
 
 
 def config_json(c):
     """Config -> the dict that transformers 4 and 5 both read from config.json."""
-    if c.model_type == "opt":
-        return {"architectures": ["OPTForCausalLM"], "model_type": "opt", "activation_function": "relu",
-                "ffn_dim": c.intermediate_size, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1,
-                **{k: getattr(c, k) for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                                              "max_position_embeddings", "word_embed_proj_dim",
-                                              "do_layer_norm_before", "tie_word_embeddings")}}
-    own = {k: v for k, v in asdict(c).items() if k not in ("word_embed_proj_dim", "do_layer_norm_before")}
-    return {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, **own}
+    if c.model_type == "llama":
+        return {**asdict(c), "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "bos_token_id": 1,
+                "eos_token_id": 2}
+    return {**asdict(c), "architectures": ["OPTForCausalLM"], "activation_function": "relu", "bos_token_id": 2,
+            "eos_token_id": 2, "pad_token_id": 1, "ffn_dim": c.intermediate_size}
 
 
 def checkpoint_files(dir):
     """-> the weight files of a checkpoint directory: one file, or the shards that an index names."""
-    dir = Path(dir)
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (dir / stem).is_file():
-            return [dir / stem]
-        index = dir / f"{stem}.index.json"
+    for file in (Path(dir) / "model.safetensors", Path(dir) / "pytorch_model.bin"):
+        index = Path(f"{file}.index.json")
+        if file.is_file():
+            return [file]
         if index.is_file():
-            shards = read_json(index, "an index of shards").get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index}: no 'weight_map'; expected a map from tensor names to shard files")
-            for name in shards.values():  # a checkpoint may come from a stranger: its shards lie beside the index
-                if not isinstance(name, str) or Path(name).name != name or not name.endswith(stem[stem.rindex("."):]):
-                    raise ValueError(f"{index}: shard {name!r} is not the plain name of a "
-                                     f"{stem[stem.rindex('.'):]} file beside the index")
-            return [dir / name for name in sorted(set(shards.values()))]
+            where = read_json(index, "an index of shards").get("weight_map")
+            names = sorted({str(name) for name in where.values()}) if isinstance(where, dict) else []
+            # a checkpoint may come from a stranger: its shards lie beside the index
+            odd = [name for name in names if Path(name).name != name or Path(name).suffix != file.suffix]
+            if odd or not names:
+                raise ValueError(f"{index}: its map names {odd[:1] or 'no shards'}; expected {file.suffix} files beside it")
+            return [file.with_name(name) for name in names]
     raise FileNotFoundError(f"{dir}: no model.safetensors or pytorch_model.bin, single or with an index; "
                             "expected a checkpoint directory in Hugging Face's layout")
 
@@ -512,11 +500,26 @@ def read_tensors(path):
                 return {n: (tuple(f.get_slice(n).get_shape()), lambda n=n: load(n)) for n in f.keys()}
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         return {str(n): (tuple(t.shape), lambda n=n, t=t: checked(n, t)) for n, t in state.items()}
-    except (SafetensorError, RuntimeError, EOFError, AttributeError, ValueError, KeyError) as e:
-        reason = str(e).strip().split("\n")[0]
+    except Exception as e:  # of many kinds; at pickle.UnpicklingError torch advises to run the code that the file brings
+        reason = type(e).__name__ if "Unpickling" in type(e).__name__ else f"{type(e).__name__}: {e}".split("\n")[0]
         raise ValueError(f"{path}: torn, foreign or unsafe ({reason}); expected tensors and nothing else") from None
-    except Exception as e:  # pickle.UnpicklingError: the file asks for code to be run
-        raise ValueError(f"{path}: refused, it is torn or holds more than tensors ({type(e).__name__})") from None
+
+
+def read_adapter(dir, kinds, expected):
+    """dir, as PEFT writes it, peft_type one of kinds -> adapter_config.json as a dict, and what `read_tensors` gives."""
+    raw = read_json(Path(dir) / "adapter_config.json", expected)
+    if raw.get("peft_type") not in kinds:
+        raise ValueError(f"{dir}: peft_type {raw.get('peft_type')!r}; expected {expected}, {' or '.join(kinds)}")
+    for file in (Path(dir) / "adapter_model.safetensors", Path(dir) / "adapter_model.bin"):
+        if file.is_file():
+            return raw, read_tensors(file)
+    raise FileNotFoundError(f"{dir}: no adapter_model.safetensors or adapter_model.bin; expected {expected}")
+
+
+def write_tensors(path, tensors):
+    """Writes {name: tensor} as .safetensors, whole or not at all."""
+    with whole(path) as part:
+        save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, part, metadata={"format": "pt"})
 
 
 def find_tensors(dir, model):
@@ -535,12 +538,10 @@ def find_tensors(dir, model):
     if model.config.tie_word_embeddings and "lm_head.weight" in found:
         head = found.pop("lm_head.weight")
         found.setdefault("embed_tokens.weight", head)
-    for title, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
-        if names:
-            raise ValueError(f"{dir}: {title} tensor {min(names)} ({len(names)} in all); does config.json belong to it?")
-    for name, shape in expected.items():
-        if found[name][0] != shape:
-            raise ValueError(f"{dir}: tensor {name} has shape {found[name][0]}; config.json asks for {shape}")
+    for name in sorted(expected.keys() | found.keys()):
+        shape, want = found.get(name, ("missing",))[0], expected.get(name, "no such tensor")
+        if shape != want:
+            raise ValueError(f"{dir}: tensor {name} is {shape}; config.json asks for {want}")
     return found
 
 
@@ -550,6 +551,15 @@ def check_device(device):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device}: no such device here; expected cpu, or cuda where there is a GPU") from None
+
+
+def replace_modules(model, choose):
+    """Puts choose(name, module) in the module's place wherever that is not None."""
+    for name, module in list(model.named_modules()):
+        new = choose(name, module)
+        if new is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
 
 
 def load_model(dir, weights="nf4", device="cpu", dtype=None):
@@ -566,10 +576,8 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
         model = build(read_config(dir))
     found = find_tensors(dir, model)
     if weights == "nf4":
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, nn.Linear) and name != "lm_head":
-                new = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-                setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
+        replace_modules(model, lambda name, m: Linear4bit(m.in_features, m.out_features, m.bias is not None, device="meta")
+                        if isinstance(m, nn.Linear) and name != "lm_head" else None)
     for name, (_, load) in sorted(found.items(), key=lambda item: -math.prod(item[1][0])):  # the largest need most room
         layer, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         tensor = load()
@@ -588,16 +596,10 @@ def file_name(model, name):
 
 def save_model(model, dir):
     """Writes config.json and model.safetensors as transformers reads them; 4-bit weights are written out unpacked."""
-    state, dtype = {}, model.embed_tokens.weight.dtype
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            state[f"{name}.weight"] = layer.dense(dtype)
-    state |= {name: w.detach() for name, w in model.named_parameters()}
-    with torch.device("meta"):
-        expected = {name for name, _ in build(model.config).named_parameters()}
-    if state.keys() != expected:
-        raise ValueError(f"{min(state.keys() ^ expected)} is not a parameter of the plain model; call merge_lora first")
-    state = {file_name(model, name): w.contiguous().cpu() for name, w in state.items()}
-    with whole(Path(dir) / "model.safetensors") as part:
-        save_file(state, part, metadata={"format": "pt"})
+    dtype = model.embed_tokens.weight.dtype
+    state = {f"{name}.weight": m.dense(dtype) for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    state |= dict(model.named_parameters())
+    if any(".lora_A" in name for name in state):
+        raise ValueError("the model has LoRA layers, which a plain checkpoint cannot hold; call merge_lora first")
+    write_tensors(Path(dir) / "model.safetensors", {file_name(model, name): w for name, w in state.items()})
     write_json(Path(dir) / "config.json", {**config_json(model.config), "dtype": str(dtype).removeprefix("torch.")})

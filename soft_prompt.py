@@ -6,10 +6,9 @@ read in PEFT's file format, the encoder's weights beside them.
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from model import read_json, read_tensors, whole, write_json
+from model import read_adapter, read_tensors, write_json, write_tensors
 
 
 class PromptEncoder(nn.Module):
@@ -45,32 +44,22 @@ def prompt_kv(model, phi):
 
 def save_prompt(phi, dir, encoder=None, base=""):
     """Writes phi (p,D) as an adapter that PEFT loads as P-tuning; the encoder's weights go beside it."""
-    phi = phi.detach().float().cpu().contiguous()
-    hidden = encoder.mlp_head[0].out_features if encoder else 128
-    with whole(Path(dir) / "adapter_model.safetensors") as part:
-        save_file({"prompt_embeddings": phi}, part, metadata={"format": "pt"})
+    write_tensors(Path(dir) / "adapter_model.safetensors", {"prompt_embeddings": phi.float()})
     if encoder:
-        with whole(Path(dir) / "encoder.safetensors") as part:
-            save_file({n: w.detach().cpu() for n, w in encoder.state_dict().items()}, part, metadata={"format": "pt"})
+        write_tensors(Path(dir) / "encoder.safetensors", encoder.state_dict())
     write_json(Path(dir) / "adapter_config.json", {
         "peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
         "num_virtual_tokens": phi.shape[0], "token_dim": phi.shape[1], "num_transformer_submodules": 1,
-        "encoder_hidden_size": hidden, "encoder_reparameterization_type": "MLP"})
+        "encoder_reparameterization_type": "MLP",
+        "encoder_hidden_size": encoder.mlp_head[0].out_features if encoder else 128})
 
 
 def load_prompt(dir, D=None):
     """-> phi (p,D) from what `save_prompt` or PEFT (P-tuning or prompt tuning) wrote. ValueError or OSError otherwise."""
-    path = Path(dir) / "adapter_config.json"
-    raw = read_json(path, "a soft prompt as PEFT writes it")
-    if raw.get("peft_type") not in ("P_TUNING", "PROMPT_TUNING") or raw.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"{path}: peft_type {raw.get('peft_type')!r}; expected 'P_TUNING' or 'PROMPT_TUNING', one model")
-    file = next((f for f in (Path(dir) / "adapter_model.safetensors", Path(dir) / "adapter_model.bin") if f.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{dir}: no adapter_model.safetensors or adapter_model.bin; expected a soft prompt")
-    tensors = read_tensors(file)
+    raw, tensors = read_adapter(dir, ("P_TUNING", "PROMPT_TUNING"), "a soft prompt as PEFT writes it")
     shape, load = tensors.get("prompt_embeddings", (None, None))
     if shape is None or len(shape) != 2 or shape[0] != raw.get("num_virtual_tokens") or D not in (None, shape[1]):
-        raise ValueError(f"{file}: prompt_embeddings has shape {shape}; "
+        raise ValueError(f"{dir}: prompt_embeddings has shape {shape}; "
                          f"expected ({raw.get('num_virtual_tokens')}, {D or raw.get('token_dim')})")
     return load().float()
 
