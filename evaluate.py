@@ -309,8 +309,38 @@ def ask(loaded, text):
     print(data.prompt_string(loaded.task, text) + "\n")
     for title, prefix in (("without phi", None), ("with phi", loaded.prefix)):
         with torch.no_grad():
-            top = loaded.model(tokens, answer_pos, prefix)[0].float().softmax(-1).topk(5)
-        print(f"{title:12}" + "   ".join(f"{loaded.tokenizer.piece(i).strip(data.SPACES)} {100 * v:.1f} %" for v, i in zip(*top)))
+            print(f"{title:12}{top_five(loaded, loaded.model(tokens, answer_pos, prefix)[0])}")
+
+
+def explain(loaded):
+    """Prints what happens to one forget and one retain example: prompt, tokens, answers, losses and their pull on phi."""
+    from unlearn import spul_loss
+    model, tokens, p = loaded.model, loaded.tokens, len(loaded.phi)
+    for split in ("test_forget", "test_retain"):
+        example, prompt = loaded.splits[split][0], loaded.prompts[split][0]
+        n, y = len(prompt.ids), tokens[loaded.task.generic[0]] if prompt.is_forget else prompt.label
+        print(f"{split.replace('_', ' ')}: {data.prompt_string(loaded.task, example.text)!r}, the truth is {example.label}")
+        print(f"phi stands at positions 0 to {p - 1}, the tokens at {p} to {p + n - 1}, the answer is read at {p + n - 1}:")
+        print(" ".join(f"{p + i}:{loaded.tokenizer.piece(t).strip(data.SPACES)}" for i, t in enumerate(prompt.ids)))
+        ids, answer_pos = (torch.tensor(x, device=loaded.args.device) for x in ([prompt.ids], [n - 1]))
+        phi = loaded.phi.clone().requires_grad_(True)
+        with torch.no_grad():
+            base = model(ids, answer_pos)
+        logits = model(ids, answer_pos, prompt_kv(model, phi))
+        print(f"before phi  {top_five(loaded, base[0])}\nafter phi   {top_five(loaded, logits[0])}")
+        _, parts = spul_loss(logits, base.float().log_softmax(-1), torch.tensor([y], device=ids.device),
+                             torch.tensor([prompt.is_forget], device=ids.device), 1.0, 1.0)
+        for name in ("L_f",) if prompt.is_forget else ("L_r", "L_kl"):
+            pull = torch.autograd.grad(parts[name], phi, retain_graph=True)[0].norm()
+            towards = f" towards {loaded.tokenizer.piece(y).strip(data.SPACES)}" if name != "L_kl" else " to the base model"
+            print(f"{name} = {parts[name].item():.4f}{towards}, the norm of its gradient on phi is {pull:.4f}")
+        print()
+
+
+def top_five(loaded, logits):
+    """Logits (V,) -> the five likeliest answers, as text."""
+    top = logits.detach().float().softmax(-1).topk(5)
+    return "   ".join(f"{loaded.tokenizer.piece(i).strip(data.SPACES)} {100 * v:.1f} %" for v, i in zip(*top))
 
 
 # ------------------------------------------------------------------------------- the audit: is it really forgotten?

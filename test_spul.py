@@ -1126,6 +1126,19 @@ def test_ask_answers_without_and_with_the_prompt(run_micro, capsys):
     assert [float(line.split(" %")[0].split()[-1]) for line in (without, with_phi)] == [pytest.approx(100 * b, abs=0.06) for b in best]
 
 
+def test_explain_shows_phi_the_tokens_and_losses_that_equations_2_to_4_give(run_micro, capsys):
+    loaded = evaluate.load_run(run_micro("a"))
+    capsys.readouterr()
+    evaluate.explain(loaded)
+    forget, retain = capsys.readouterr().out.strip().split("\n\n")
+    assert f"at positions 0 to 3, the tokens at 4 to {3 + len(loaded.prompts['test_forget'][0].ids)}" in forget
+    prompt = loaded.prompts["test_retain"][0]
+    with torch.no_grad():
+        logp = loaded.model(torch.tensor([prompt.ids]), torch.tensor([len(prompt.ids) - 1]), loaded.prefix).log_softmax(-1)
+    assert f"L_r = {-logp[0, prompt.label]:.4f}" in retain and "L_kl = " in retain and "L_f" not in retain
+    assert "L_f = " in forget and all("before phi" in part and "after phi" in part for part in (forget, retain))
+
+
 def test_metrics_count_every_other_word_as_wrong_and_weigh_f1_by_the_true_labels():
     assert evaluate.metrics([7, 7, 9, 8], [7, 7, 7, 8]) == {"n": 4, "acc": 75.0, "f1": 85.0}
 

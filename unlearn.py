@@ -617,6 +617,7 @@ def parser():
     add("--cache", default="runs", help="where embedded LMs are kept")
     add("--log-every", type=int, default=50, help="steps between two lines on the screen")
     add("--threads", type=int, help="CPU threads")
+    add("--explain", action="store_true", help="then shows SPUL at work on one forget and one retain example")
     return ap
 
 
@@ -669,6 +670,9 @@ def main(argv=None):
     if is_main():
         print(f"\n{evaluate.table2(list(run.cells.values()))}\n\n{run.results}, after "
               f"{time.perf_counter() - started:.0f} s")
+        if args.explain:
+            print()
+            evaluate.explain(evaluate.load_run(run.dir))
 
 
 if __name__ == "__main__":
