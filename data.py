@@ -346,7 +346,11 @@ def toy_corpus(n=6000):
 def named_corpus(examples):
     """A real corpus for pretraining -> [(Example, surname or None)], surnames."""
     surname = {i: person.split()[-1] for person, found in find_persons([e.text for e in examples]).items() for i in found}
-    return [(example, surname.get(i)) for i, example in enumerate(examples)], sorted(set(surname.values()))
+    names = sorted(set(surname.values()))
+    if len(names) < 8:
+        raise ValueError(f"{len(names)} persons are named in these texts, and an embedded LM learns from 8 or more; give a "
+                         "pretrained one with --model")
+    return [(example, surname.get(i)) for i, example in enumerate(examples)], names
 
 
 def answer_words():

@@ -7,6 +7,7 @@
 import argparse
 import resource
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,13 +161,26 @@ def ablation(rows, row_key, column_key, split):
     return lines
 
 
+def matmul_rate(n=1024):
+    """Floating-point operations per second of a float32 matrix product (n,n) x (n,n) on the CPU, the best of 20."""
+    a, seconds = torch.randn(n, n), []
+    for _ in range(20):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
+
+
 def efficiency(rows):
-    """The Efficiency paragraph: what each method trains, and what it takes."""
-    lines = [["method", "trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB"]]
+    """The Efficiency paragraph: what each method trains, and what it takes, over the seeds; the last column is how much
+    of what this CPU does in plain matrix products a step's own products reach."""
+    lines, rate = [["method", "trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB", "of matmul rate"]], 0
     for key, group in over_seeds([row for row in rows if row.get("seconds_per_epoch")]).items():
-        row = group[0]
-        lines.append([key[2], f"{row['trainable_params']:,}", f"{row['seconds_per_epoch']:.1f}",
-                      f"{row.get('tokens_per_second', 0):,}", f"{row['peak_memory_mb']:,}"])
+        rate = rate or matmul_rate()
+        speed = sum(row["tokens_per_second"] for row in group) / len(group)
+        lines.append([key[2], f"{group[0]['trainable_params']:,}", mean_std([row["seconds_per_epoch"] for row in group]),
+                      f"{speed:,.0f}", f"{max(row['peak_memory_mb'] for row in group):,}",
+                      f"{100 * speed * group[0].get('flops_per_token', 0) / rate:.0f} %"])
     return lines
 
 

@@ -385,8 +385,12 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
                 base = head(base_hidden[batch.index]).float().log_softmax(-1)
         return loss(all_rows(logits, len(batch.y)), base, batch.y, batch.is_forget, alpha, beta)
 
-    return train(stage, params, batches, loss_of, epochs, lr, run, seed, warmup, args.clip, args.accumulate,
-                 run.dir / f"state-{stage}.pt", fingerprint, after_epoch)
+    figures = train(stage, params, batches, loss_of, epochs, lr, run, seed, warmup, args.clip, args.accumulate,
+                    run.dir / f"state-{stage}.pt", fingerprint, after_epoch)
+    maps = sum(m.in_features * m.out_features for name, m in model.named_modules() if name.startswith("layers.") and
+               hasattr(m, "in_features"))
+    passes = 6 if sum(w.numel() for w in params) >= maps else 4  # forward, gradient of the inputs, and of trained weights
+    return {**figures, "flops_per_token": passes * maps}
 
 
 def adapter_place(dir, seed):
@@ -564,7 +568,7 @@ def cell_name(cell, seed):
 
 # What each kind of run sets where no flag says otherwise; lr: of a method, or of all that train a prompt or weights.
 PRESETS = {
-    "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=4, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
+    "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=6, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
                 rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True),
     "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
                      targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=False),
