@@ -135,7 +135,8 @@ def collate_runs(rows):
     for (_, _, method, fraction, lr, alpha, beta, p), group in over_seeds(rows).items():
         marks = dict(f=fraction if fraction != 1 else None, lr=lr, alpha=alpha, beta=beta, p=p)
         setting = " ".join(f"{k}={v:g}" for k, v in marks.items() if v is not None)
-        lines.append([method, setting, str(len(group)), *(" / ".join(mean_std([row[s][what] for row in group]) for what in ("acc", "f1")) for s in data.SPLITS)])
+        lines.append([method, setting, str(len(group)), *(
+            " / ".join(mean_std([row[s][what] for row in group]) for what in ("acc", "f1")) for s in data.SPLITS)])
     return lines
 
 
@@ -174,7 +175,8 @@ def matmul_rate(n=1024):
 def efficiency(rows):
     """The Efficiency paragraph: what each method trains, and what it takes, over the seeds; the last column is how much
     of what this CPU does in plain matrix products a step's own products reach."""
-    lines, rate = [["method", "trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB", "of matmul rate"]], 0
+    lines, rate = [["method", "trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB",
+                    "of matmul rate"]], None
     for key, group in over_seeds([row for row in rows if row.get("seconds_per_epoch")]).items():
         rate = rate or matmul_rate()
         speed = sum(row["tokens_per_second"] for row in group) / len(group)
@@ -252,7 +254,8 @@ def plot_tsne(run, path, per_label=500):
         for is_forget, name in ((False, "retain"), (True, "forget")):  # the fewer forget points lie on top
             for (token, label), marker in zip(tokens.items(), "o^sD"):
                 index = [i for i, q in enumerate(part) if q.is_forget == is_forget and q.label == token]
-                ax.scatter(*xy[index].T, s=14, marker=marker, color=COLOURS[name], alpha=0.65, linewidths=0, label=f"{name}, {label}")
+                ax.scatter(*xy[index].T, s=14, marker=marker, color=COLOURS[name], alpha=0.65, linewidths=0,
+                           label=f"{name}, {label}")
         ax.set(title=title, xticks=[], yticks=[])
     handles, labels = axs[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -453,7 +456,8 @@ def relearn(model, phi, known, rest, loaded, log, steps=20):
         if k:
             for w in params:
                 w.requires_grad_(True)
-            train_attack(params, model, prefix, known[:k], [q.label for q in known[:k]], loaded, log, steps, loaded.args.qlora_lr)
+            answers = [q.label for q in known[:k]]
+            train_attack(params, model, prefix, known[:k], answers, loaded, log, steps, loaded.args.qlora_lr)
         with torch.no_grad():
             curve[f"k={k}"] = metrics(predict(model, rest, prefix(), loaded.args.device), [q.label for q in rest])["acc"]
         for w, old in zip(params, kept):
@@ -479,7 +483,8 @@ def retrained(loaded, run, seed):
     import unlearn
     model = load_model(loaded.lm, loaded.args.weights, loaded.args.device, loaded.model.embed_tokens.weight.dtype)
     made = unlearn.fingerprint_of("retain only", seed, loaded.row["fingerprint"])
-    unlearn.tune_base(model, {**loaded.prompts, "train_forget": []}, loaded.args, unlearn.Run(run / "retrain", loaded.args), seed, made)
+    log = unlearn.Run(run / "retrain", loaded.args)
+    unlearn.tune_base(model, {**loaded.prompts, "train_forget": []}, loaded.args, log, seed, made)
     return model
 
 
@@ -606,11 +611,14 @@ REFERENCES = ("retrain", "constant", "prompt-off", "hard-prompt", "random-prompt
 TITLES = {
     "accuracy": "accuracy; retain gap: train retain minus base, 0 means nothing lost; retrain gap: train forget minus retrain, "
                 "0 means like a model that never saw the set, below 0 it hides what anyone could know",
-    **{f"answers, {s}": f"what is answered on {s.replace('_', ' ')}; right among labels: when only a label may be said" for s in data.SPLITS},
-    "membership": "membership inference, AUC between train forget and test forget; the goal is retrain's value, 50 tells nothing",
-    "relearning": "relearning: accuracy on the rest of the forget set after 20 steps on k of its examples; the goal is retrain's curve",
+    **{f"answers, {s}": f"what is answered on {s.replace('_', ' ')}; right among labels: when only a label may be said"
+       for s in data.SPLITS},
+    "membership": "membership inference, AUC between train forget and test forget: 50 tells nothing, the goal is retrain's value",
+    "relearning": "relearning: accuracy on the rest of the forget set after 20 steps on k of its examples; the goal is "
+                  "retrain's curve",
     "undoing phi": "a second prompt before phi, trained on 64 forget examples: accuracy on the rest of the forget set",
-    "linear probe": "a linear probe on the state at the answer (test forget, or half of it retain): is it still there to be read?",
+    "linear probe": "a linear probe on the state at the answer (test forget, or half of it retain): is it still there to be "
+                    "read?",
     "robustness": "robustness of phi: accuracy when the reviews are put otherwise; forget should stay low, retain high",
 }
 

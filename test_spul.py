@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1261,6 +1262,35 @@ def test_bad_input_is_one_line_and_exit_status_2(run_micro, case, capsys):
     assert data.run_cli(lambda: run_micro("bad", *flags) and None) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = re.findall(r"^    (?:pip install .*&& )?(?:python|torchrun --nproc-per-node \d+) (unlearn|evaluate|data)\.py(.*)$", README, re.M)
+
+
+def test_the_readmes_links_lead_to_the_code_and_its_line_counts_are_true():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 20
+    for name, file, line in links:
+        assert re.match(rf"(def|class) {name}\b", (ROOT / file).read_text().split("\n")[int(line) - 1]), f"{name} in {file}"
+    for file, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M):
+        assert len((ROOT / file).read_text().splitlines()) == int(lines), file
+
+
+def test_the_readmes_commands_run_as_written_on_a_smaller_model(run_micro, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    small = "--max-train 96 --max-test 32 --hidden 16 --rank 4 --batch 16 --forget-per-batch 4 --epochs 1 --threads 1 --seed 0"
+    assert len(SHOWN) > 15
+    for module, flags in SHOWN:
+        argv = shlex.split(flags, comments=True)
+        if "DIR" in argv:  # needs a download: its flags are read, and no more
+            unlearn.parser().parse_args(argv) if module == "unlearn" else None
+        elif module == "unlearn":
+            unlearn.main([*argv, *small.split()])
+        elif "--audit" not in argv:  # that one has a test of its own
+            evaluate.main(argv)
+    assert {"fig1.png", "fig2.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_modules_import_only_what_the_project_may():

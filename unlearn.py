@@ -327,8 +327,8 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
     for number, stage in enumerate(recipe["stages"], 1):
         def batches(epoch):
             rng = data.generator(f"{number}/{epoch}", "pretraining")
-            return Lazy(min(100, stage["steps"]), data.pretraining_batches(tokenizer, corpus, names, rng, recipe["batch"], stage["lists"],
-                                                      stage["text_weight"]))
+            return Lazy(min(100, stage["steps"]), data.pretraining_batches(
+                tokenizer, corpus, names, rng, recipe["batch"], stage["lists"], stage["text_weight"]))
 
         def loss_of(batch):
             tokens, weights = (t.to(args.device) for t in batch)
@@ -568,8 +568,8 @@ def cell_name(cell, seed):
 
 # What each kind of run sets where no flag says otherwise; lr: of a method, or of all that train a prompt or weights.
 PRESETS = {
-    "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=6, batch=32, forget_per_batch=8, clip=1.0, targets=["all"],
-                rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True),
+    "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=6, batch=32, forget_per_batch=8,
+                clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True),
     "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
                      targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=False),
     "paper": dict(p=[30], lr={"prompt": 1e-4, "weights": 1e-5}, epochs=10, batch=32, forget_per_batch=0, clip=0.3,
@@ -597,9 +597,11 @@ def parser():
     add("--accumulate", type=int, default=1, help="batches whose gradients make one step")
     add("--forget-per-batch", type=int, help="forget examples in each batch; 0 mixes both sets in one pass, as the paper does")
     add("--hidden", type=int, default=128, help="width of phi's encoder")
-    add("--kl-direction", choices=["prompted||base", "base||prompted"], default="prompted||base", help="Eq. (4), or the released code's")
+    add("--kl-direction", choices=["prompted||base", "base||prompted"], default="prompted||base",
+        help="Eq. (4), or the released code's")
     add("--tune", choices=["full", "lora"], default="full", help="what the baselines train: every weight, or the adapter")
-    add("--merged", action=argparse.BooleanOptionalAction, help="unlearn on dense weights, the adapter merged in: fast for a small model")
+    add("--merged", action=argparse.BooleanOptionalAction,
+        help="unlearn on dense weights, the adapter merged in: fast for a small model (default: for the toy)")
     add("--clip", type=float, help="largest norm of a gradient")
     add("--rank", type=int, help="rank of LoRA")
     add("--lora-alpha", type=float, default=64, help="LoRA's alpha")
