@@ -570,7 +570,7 @@ def cell_name(cell, seed):
 PRESETS = {
     "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=6, batch=32, forget_per_batch=8,
                 clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True),
-    "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=1, batch=32, forget_per_batch=8, clip=1.0,
+    "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=2, batch=32, forget_per_batch=8, clip=1.0,
                      targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=False),
     "paper": dict(p=[30], lr={"prompt": 1e-4, "weights": 1e-5}, epochs=10, batch=32, forget_per_batch=0, clip=0.3,
                   targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10,
