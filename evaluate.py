@@ -234,8 +234,9 @@ def plot_against(rows, key, path):
     for split, head in zip(data.SPLITS, HEADS):
         groups = [torch.tensor([row[split]["acc"] for row in rows if row[key] == v]) for v in values]
         part, when = reversed(split.split("_"))
-        ax.errorbar(values, [g.mean() for g in groups], [g.std(correction=0) for g in groups], marker="o", capsize=3,
-                    color=COLOURS[part], linestyle="-" if when == "train" else "--", label=head)
+        ax.errorbar(values, [g.mean() for g in groups], [g.std(correction=0) for g in groups], capsize=3, color=COLOURS[part],
+                    marker="o", markersize=9 if when == "train" else 5, fillstyle="none" if when == "train" else "full",
+                    linestyle="-" if when == "train" else "--", label=head)  # one may lie right on the other
     ax.set(xlabel={"p": "p, tokens of the soft prompt"}.get(key, key), ylabel="accuracy (%)", ylim=(-4, 104), xticks=values)
     ax.legend(frameon=False, loc="center right")
     save_figure(figure, path)
