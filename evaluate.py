@@ -151,15 +151,23 @@ def best(rows):
     return [row for _, group in chosen.values() for row in group]
 
 
-def ablation(rows, row_key, column_key, split):
-    """Table 3 or 4: the accuracy on `split` of spul's rows, by the values of two of alpha, beta, p, forget_fraction."""
+def ablation(rows, split):
+    """Table 3: spul's accuracy on `split` by alpha (down) and beta (across)."""
     rows = [row for row in rows if row["method"] == "spul"]
-    tops, sides = (sorted({row[key] for row in rows}) for key in (column_key, row_key))
-    lines = [[f"{row_key} \\ {column_key}", *(f"{v:g}" for v in tops)]]
-    for side in sides:
-        found = [[r for r in rows if r[row_key] == side and r[column_key] == top] for top in tops]
-        lines.append([f"{side:g}", *(mean_std([row[split]["acc"] for row in group]) if group else "-" for group in found)])
+    alphas, betas = (sorted({row[key] for row in rows}) for key in ("alpha", "beta"))
+    lines = [["alpha \\ beta", *(f"{beta:g}" for beta in betas)]]
+    for alpha in alphas:
+        found = [[row[split]["acc"] for row in rows if (row["alpha"], row["beta"]) == (alpha, beta)] for beta in betas]
+        lines.append([f"{alpha:g}", *(mean_std(values) if values else "-" for values in found)])
     return lines
+
+
+def by_fraction(rows):
+    """Table 4: spul's accuracy on the four splits by the part of the forget set that unlearning saw."""
+    rows = [row for row in rows if row["method"] == "spul"]
+    return [["forget fraction", *HEADS]] + [
+        [f"{f:g}", *(mean_std([row[s]["acc"] for row in rows if row["forget_fraction"] == f]) for s in data.SPLITS)]
+        for f in sorted({row["forget_fraction"] for row in rows})]
 
 
 def matmul_rate(n=1024):
@@ -675,10 +683,11 @@ def main(argv=None):
         plot_against(rows, args.against, args.plot)
     if args.tsne or args.plot:
         return
-    if args.table in "34":
-        keys = ("alpha", "beta") if args.table == "3" else ("forget_fraction", "p")
+    if args.table == "3":
         for split, head in zip(data.SPLITS, HEADS):
-            print(f"{head}, ACC\n{render(ablation(rows, *keys, split), args.form)}\n")
+            print(f"{head}, ACC\n{render(ablation(rows, split), args.form)}\n")
+    elif args.table == "4":
+        print(render(by_fraction(rows), args.form))
     else:
         print(render(efficiency(rows) if args.table == "efficiency" else
                      collate_runs(best(rows) if args.table == "best" else rows), args.form))

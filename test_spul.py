@@ -1160,6 +1160,16 @@ def test_best_keeps_each_methods_rows_of_its_best_learning_rate():
     assert evaluate.best(rows) == rows[2:]
 
 
+def test_tables_3_and_4_put_each_cell_in_its_place_and_mean_over_seeds():
+    def row(alpha, beta, fraction, seed, acc):
+        return dict(method="spul", alpha=alpha, beta=beta, forget_fraction=fraction, seed=seed,
+                    **{s: {"acc": acc + i} for i, s in enumerate(data.SPLITS)})
+    rows = [row(1.0, 0.0, 1.0, 0, 10), row(1.0, 0.0, 1.0, 1, 20), row(0.5, 1.0, 0.25, 0, 40), {"method": "ga"}]
+    assert evaluate.ablation(rows, "train_forget") == [["alpha \\ beta", "0", "1"], ["0.5", "-", "41.0"], ["1", "16.0 +-7.1", "-"]]
+    assert evaluate.by_fraction(rows)[1:] == [["0.25", "40.0", "41.0", "42.0", "43.0"],
+                                              ["1", *(f"{m}.0 +-7.1" for m in (15, 16, 17, 18))]]
+
+
 # ------------------------------------------------------------------------------------------------- the audit
 
 
