@@ -1685,9 +1685,11 @@ def nth_step(n, act, monkeypatch):
 
 
 def test_an_interrupt_is_one_line_and_exit_status_130_and_the_run_goes_on(left, monkeypatch, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     with monkeypatch.context() as patch:
         nth_step(6, lambda: signal.raise_signal(signal.SIGINT), patch)
         assert data.run_cli(lambda: COMMANDS["anew"](left)) == 130
+    signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted; the same command goes on from the last finished epoch\n"
     COMMANDS["anew"](left)
     assert "going on after epoch 1" in capsys.readouterr().out
