@@ -182,7 +182,7 @@ def matmul_rate(n=1024):
 
 def efficiency(rows):
     """The Efficiency paragraph: what each method trains, and what it takes, over the seeds; the last column is how much
-    of what this CPU does in plain matrix products a step's own products reach."""
+    of what this CPU, with all its threads, does in plain float32 matrix products a step's own products reach."""
     lines, rate = [["method", "trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB",
                     "of matmul rate"]], None
     for key, group in over_seeds([row for row in rows if row.get("seconds_per_epoch")]).items():
@@ -190,7 +190,7 @@ def efficiency(rows):
         speed = sum(row["tokens_per_second"] for row in group) / len(group)
         lines.append([key[2], f"{group[0]['trainable_params']:,}", mean_std([row["seconds_per_epoch"] for row in group]),
                       f"{speed:,.0f}", f"{max(row['peak_memory_mb'] for row in group):,}",
-                      f"{100 * speed * group[0].get('flops_per_token', 0) / rate:.0f} %"])
+                      f"{100 * speed * group[0]['flops_per_token'] / rate:.0f} %" if "flops_per_token" in group[0] else "-"])
     return lines
 
 
@@ -283,16 +283,16 @@ def pick(prompts, per_label):
 class Loaded(NamedTuple):
     """A run's base model (frozen, with its adapter), its learned prompt, and the data it was run on."""
     args: SimpleNamespace
-    lm: str
+    lm: str                  # the pretrained LM's directory
     model: torch.nn.Module
-    phi: torch.Tensor
-    prefix: list
+    phi: torch.Tensor        # (p,D)
+    prefix: list             # K, V (1,G,p,d) of each layer, as prompt_kv gives them
     tokenizer: object
     task: data.Task
-    tokens: dict
-    splits: dict
-    prompts: dict
-    row: dict
+    tokens: dict             # {label: its token}
+    splits: dict             # {split: [Example]}
+    prompts: dict            # {split: [Prompt]}, in the same order
+    row: dict                # of results.json
 
 
 def load_base(run, seed, args, merged=None):
@@ -340,7 +340,7 @@ def ask(loaded, text):
 
 def explain(loaded):
     """Prints what happens to one forget and one retain example: prompt, tokens, answers, losses and their pull on phi."""
-    from unlearn import spul_loss
+    from unlearn import spul_loss  # here, since unlearn imports this file
     model, tokens, p = loaded.model, loaded.tokens, len(loaded.phi)
     for split in ("test_forget", "test_retain"):
         example, prompt = loaded.splits[split][0], loaded.prompts[split][0]
@@ -373,6 +373,7 @@ def top_five(loaded, logits):
 #
 # A low accuracy on the forget set is not forgetting: a model that never saw it would answer most of it right. So each
 # system stands beside `retrain`, the model that QLoRA makes of the retain set alone, and is asked in other ways.
+# Its training is unlearn.py's, imported where it is used, since unlearn.py imports this file.
 
 MOST = 5000  # prompts of a split that the audit looks at, drawn by seed
 
@@ -436,7 +437,7 @@ def variants(loaded, words):
             "misspelt names": (loaded.task, each(misspelt)), "behind a retain review": (loaded.task, each(two))}
 
 
-def train_attack(params, model, prefix, prompts, answers, loaded, log, steps, lr):
+def train_attack(name, params, model, prefix, prompts, answers, loaded, log, steps, lr):
     """Trains params towards the answers, a batch of the prompts at each step. The caller puts back what it changed."""
     import unlearn
 
@@ -446,9 +447,9 @@ def train_attack(params, model, prefix, prompts, answers, loaded, log, steps, lr
 
     def loss_of(b):
         loss = cross_entropy(model(b.tokens, b.answer_pos, prefix()), b.y, torch.ones_like(b.is_forget))
-        return loss, {}
+        return loss, {"L": loss}
 
-    unlearn.train("attack", params, batches, loss_of, steps, lr, log, clip=1.0)
+    unlearn.train(name, params, batches, loss_of, steps, lr, log, clip=1.0)
 
 
 def relearn(model, phi, known, rest, loaded, log, steps=20):
@@ -466,7 +467,8 @@ def relearn(model, phi, known, rest, loaded, log, steps=20):
             for w in params:
                 w.requires_grad_(True)
             answers = [q.label for q in known[:k]]
-            train_attack(params, model, prefix, known[:k], answers, loaded, log, steps, loaded.args.qlora_lr)
+            name = f"relearning {'retrain' if phi is None else 'spul'} k={k}"
+            train_attack(name, params, model, prefix, known[:k], answers, loaded, log, steps, loaded.args.qlora_lr)
         with torch.no_grad():
             curve[f"k={k}"] = metrics(predict(model, rest, prefix(), loaded.args.device), [q.label for q in rest])["acc"]
         for w, old in zip(params, kept):
@@ -474,7 +476,7 @@ def relearn(model, phi, known, rest, loaded, log, steps=20):
     return curve
 
 
-def undo(loaded, known, answers, rest, log, steps=150):
+def undo(name, loaded, known, answers, rest, log, steps=150):
     """Accuracy on the rest of the forget set behind a second prompt, trained before phi on these answers."""
     torch.manual_seed(0)
     encoder = PromptEncoder(len(loaded.phi), loaded.phi.shape[1], loaded.args.hidden).to(loaded.args.device)
@@ -482,7 +484,8 @@ def undo(loaded, known, answers, rest, log, steps=150):
     def prefix():
         return prompt_kv(loaded.model, torch.cat([encoder(), loaded.phi]))
 
-    train_attack(list(encoder.parameters()), loaded.model, prefix, known, answers, loaded, log, steps, loaded.row["lr"])
+    params = list(encoder.parameters())
+    train_attack(f"undoing phi, {name}", params, loaded.model, prefix, known, answers, loaded, log, steps, loaded.row["lr"])
     with torch.no_grad():
         return metrics(predict(loaded.model, rest, prefix(), loaded.args.device), [q.label for q in rest])["acc"]
 
@@ -517,8 +520,8 @@ def systems(loaded, run, words, retrain):
     yield "hard-prompt", model, None, data.encode_splits(loaded.tokenizer, told, loaded.splits, args.max_len)
     torch.manual_seed(loaded.row["seed"])
     with torch.no_grad():
-        untrained = PromptEncoder(*loaded.phi.shape, args.hidden).to(args.device)()
-        yield "random-prompt", model, prompt_kv(model, untrained), loaded.prompts
+        untrained = prompt_kv(model, PromptEncoder(*loaded.phi.shape, args.hidden).to(args.device)())
+    yield "random-prompt", model, untrained, loaded.prompts
     yield "prompt-off", model, None, loaded.prompts
 
 
@@ -573,11 +576,10 @@ def audit_recovery(loaded, run, retrain, rng):
     base = load_base(run, loaded.row["seed"], loaded.args, merged=False)[1]  # relearning trains its adapter
     curves = {"spul": relearn(base, loaded.phi, known, rest, loaded, log),
               "retrain": relearn(retrain, None, known, rest, loaded, log)}
-    true, at_random = [q.label for q in known], [loaded.tokens[rng.choice(loaded.task.labels)] for _ in known]
-    return {"relearning": curves, "undoing phi": {
-        "phi alone": {"accuracy": curves["spul"]["k=0"]},
-        "true answers": {"accuracy": undo(loaded, known, true, rest, log)},
-        "random answers": {"accuracy": undo(loaded, known, at_random, rest, log)}}}
+    answers = {"true answers": [q.label for q in known],
+               "random answers": [loaded.tokens[rng.choice(loaded.task.labels)] for _ in known]}
+    undone = {name: {"accuracy": undo(name, loaded, known, y, rest, log)} for name, y in answers.items()}
+    return {"relearning": curves, "undoing phi": {"phi alone": {"accuracy": curves["spul"]["k=0"]}, **undone}}
 
 
 def audit_probe(loaded, retrain):
@@ -607,8 +609,10 @@ def audit_robustness(loaded, words):
 def audit_seed(run, seed):
     """One seed of a run -> {"tables": {title: {row: {column: percent}}}, "rows": as those of results.json}."""
     loaded, rng = load_run(run, seed=seed), data.generator(seed, "audit")
-    loaded = loaded._replace(prompts={s: rng.sample(part, min(MOST, len(part))) for s, part in loaded.prompts.items()})
-    words, retrain = telling_words(loaded.splits), retrained(loaded, run, seed)
+    words, retrain = telling_words(loaded.splits), retrained(loaded, run, seed)  # both of the whole sets
+    chosen = {s: rng.sample(range(len(part)), min(MOST, len(part))) for s, part in loaded.prompts.items()}
+    loaded = loaded._replace(prompts={s: [loaded.prompts[s][i] for i in chosen[s]] for s in data.SPLITS},
+                             splits={s: [loaded.splits[s][i] for i in chosen[s]] for s in data.SPLITS})
     tables, rows = audit_answers(loaded, run, words, retrain)
     tables |= {**audit_recovery(loaded, run, retrain, rng), "linear probe": audit_probe(loaded, retrain),
                "robustness": audit_robustness(loaded, words)}
@@ -653,7 +657,7 @@ def audit(run, form="text"):
 def audits(run):
     """-> {seed: audit} of RUN/audit.json, {} when there is none."""
     file = Path(run) / "audit.json"
-    return read_json(file, "an audit by evaluate.py")["seeds"] if file.is_file() else {}
+    return read_json(file, "an audit by evaluate.py", ["seeds"])["seeds"] if file.is_file() else {}
 
 
 def main(argv=None):

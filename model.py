@@ -189,7 +189,7 @@ def at(x, answer_pos):
 
 
 class LlamaAttention(nn.Module):
-    """x (B,T,D) -> (B,T,D), and K, V (B,G,T,d) with their rotary positions."""
+    """x (B,T,D) -> (B,T,D), or (B,1,D) at answer_pos (B,), and K, V (B,G,T,d) with their rotary positions."""
     def __init__(self, c):
         super().__init__()
         self.d = c.head_dim
@@ -198,9 +198,9 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * self.d, c.hidden_size, bias=False)
 
-    def forward(self, x, angles, prefix, answer_pos=None):
+    def forward(self, x, prefix, answer_pos, angles):
         q, k, v = (heads(y, self.d) for y in (self.q_proj(at(x, answer_pos)), self.k_proj(x), self.v_proj(x)))
-        q = rotate(q, *(angles if answer_pos is None else (a[answer_pos, None, None] for a in angles)))
+        q = rotate(q, *(angles if answer_pos is None else (a[answer_pos, None, None] for a in angles)))  # (B,1,1,d/2)
         k = rotate(k, *angles)
         return self.o_proj(attend(q, k, v, prefix, answer_pos)), (k, v)
 
@@ -218,7 +218,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """x (B,T,D) -> (B,T,D), and the attention's K, V."""
+    """x (B,T,D) -> (B,T,D), or (B,1,D) at answer_pos (B,), and the attention's K, V."""
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -227,7 +227,7 @@ class LlamaLayer(nn.Module):
         self.mlp = LlamaMLP(c)
 
     def forward(self, x, prefix, answer_pos, angles):
-        a, kv = self.self_attn(self.input_layernorm(x), angles, prefix, answer_pos)
+        a, kv = self.self_attn(self.input_layernorm(x), prefix, answer_pos, angles)
         x = at(x, answer_pos) + a
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
@@ -261,7 +261,7 @@ class Llama(nn.Module):
 
 
 class OPTAttention(nn.Module):
-    """x (B,T,D) -> (B,T,D), and K, V (B,H,T,d)."""
+    """x (B,T,D) -> (B,T,D), or (B,1,D) at answer_pos (B,), and K, V (B,H,T,d)."""
     def __init__(self, c):
         super().__init__()
         self.d = c.head_dim

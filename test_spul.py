@@ -1170,6 +1170,17 @@ def test_tables_3_and_4_put_each_cell_in_its_place_and_mean_over_seeds():
                                               ["1", *(f"{m}.0 +-7.1" for m in (15, 16, 17, 18))]]
 
 
+def test_efficiency_counts_the_products_a_step_takes_and_says_nothing_of_rows_without_the_count(run_micro, monkeypatch):
+    row = evaluate.read_rows(run_micro("a"))[-1]
+    D, inner = 32, 80  # of the micro LM: 2 layers, the second of which makes only keys and values at every token
+    assert row["flops_per_token"] == 4 * (4 * D * D + 3 * D * inner + 2 * D * D)
+    rate = 2.0 * row["tokens_per_second"] * row["flops_per_token"]
+    monkeypatch.setattr(evaluate, "matmul_rate", lambda: rate)
+    assert evaluate.efficiency([row])[1][-1] == "50 %"
+    del row["flops_per_token"]
+    assert evaluate.efficiency([row])[1][-1] == "-"
+
+
 # ------------------------------------------------------------------------------------------------- the audit
 
 
@@ -1221,7 +1232,7 @@ def test_the_telling_words_of_the_toy_are_the_forgotten_persons():
     assert sorted(words) == sorted(notes[0].removeprefix("forgotten: ").split(", ")[:4])
 
 
-def test_an_audit_adds_the_references_and_leaves_phi_off_equal_to_the_base(run_micro, capsys):
+def test_an_audit_adds_the_references_and_leaves_phi_off_equal_to_the_base(run_micro, capsys, monkeypatch):
     run = run_micro("audited", "--method", "spul", "ga", "--max-train", "400", "--max-test", "150")
     evaluate.audit(run)
     out = capsys.readouterr().out
@@ -1234,6 +1245,12 @@ def test_an_audit_adds_the_references_and_leaves_phi_off_equal_to_the_base(run_m
     assert rows["prompt-off"]["train_retain"] == rows["qlora"]["train_retain"]
     evaluate.audit(run)
     assert "auditing" not in capsys.readouterr().out  # it is kept
+    shutil.rmtree(run / "retrain")
+    monkeypatch.setattr(evaluate, "MOST", 30)
+    sampled = evaluate.audit_seed(run, 0)  # looks at 30 prompts of a split, yet the reference learns the whole retain set
+    assert all(row["train_retain"]["n"] == 30 for row in sampled["rows"])
+    with open(run / "retrain/log.csv", newline="") as f:
+        assert len(list(csv.DictReader(f))) == -(-rows["qlora"]["train_retain"]["n"] // 16)
 
 
 BAD_COMMANDS = {

@@ -387,8 +387,9 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
 
     figures = train(stage, params, batches, loss_of, epochs, lr, run, seed, warmup, args.clip, args.accumulate,
                     run.dir / f"state-{stage}.pt", fingerprint, after_epoch)
-    maps = sum(m.in_features * m.out_features for name, m in model.named_modules() if name.startswith("layers.") and
-               hasattr(m, "in_features"))
+    last = f"layers.{len(model.layers) - 1}."  # of which only keys and values are computed at every token
+    maps = sum(m.in_features * m.out_features for name, m in model.named_modules() if hasattr(m, "in_features") and
+               name.startswith("layers.") and (not name.startswith(last) or "k_proj" in name or "v_proj" in name))
     passes = 6 if sum(w.numel() for w in params) >= maps else 4  # forward, gradient of the inputs, and of trained weights
     return {**figures, "flops_per_token": passes * maps}
 
