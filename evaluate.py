@@ -300,7 +300,7 @@ def load_base(run, seed, args, merged=None):
     notes = read_json(Path(run) / f"base-seed{seed}.json", "the base model's place", ["lm", "adapter"])
     model = load_model(notes["lm"], args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     load_adapter(model, Path(run) / notes["adapter"])
-    model = merge_lora(model) if (args.merged if merged is None else merged) else model
+    model = merge_lora(model, model.lm_head.weight.dtype) if (args.merged if merged is None else merged) else model
     return notes["lm"], model.requires_grad_(False).eval()
 
 

@@ -60,15 +60,15 @@ def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")
     return [w for lora in loras.values() for w in (lora.lora_A, lora.lora_B)]
 
 
-def merge_lora(model):
-    """Makes every linear map of the layers a plain float32 one, the update added, in place -> model.
+def merge_lora(model, dtype=torch.float32):
+    """Makes every linear map of the layers a plain one, the update added in float32, in place -> model, in dtype.
 
     4-bit weights are dequantised, so the full-fine-tuning baselines start from the very function QLoRA trained.
     (released code: merges the adapter into the unquantised checkpoint, which is another function.)
     """
     replace_modules(model, lambda name, m: m.merged() if isinstance(m, LoraLinear) else None)
     replace_modules(model, lambda name, m: _linear(m.dense(), m.bias) if isinstance(m, Linear4bit) else None)
-    return model.float()
+    return model.to(dtype)
 
 
 # What PEFT writes into adapter_config.json without changing what the adapter computes.

@@ -553,6 +553,14 @@ def check_device(device):
         raise ValueError(f"--device {device}: no such device here; expected cpu, or cuda where there is a GPU") from None
 
 
+def fast_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware: a GPU from Ampere on, a CPU with AVX512-BF16 or AMX."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
+
+
 def replace_modules(model, choose):
     """Puts choose(name, module) in the module's place wherever that is not None."""
     for name, module in list(model.named_modules()):

@@ -1072,20 +1072,25 @@ WORKER = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import data, evaluate, unlearn
-unlearn.RECIPES["toy"], evaluate.LEARNED, log = {MICRO!r}, -100.0, unlearn.Run.log
+unlearn.RECIPES["toy"], evaluate.LEARNED, log, train = {MICRO!r}, -100.0, unlearn.Run.log, unlearn.train
+
+def watched(stage, params, *rest, **more):
+    held = sum((w.to_local() if unlearn.is_sharded(w) else w).numel() for w in params)
+    print(f"{{stage[:4]}} holds {{100 * held / sum(w.numel() for w in params):.0f}} %", flush=True)
+    return train(stage, params, *rest, **more)
 
 def killed_at(run, stage, epoch, step, *rest):
     if f"{{stage[:4]}} {{step}}" == os.environ.get("KILL") and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     log(run, stage, epoch, step, *rest)
 
-unlearn.Run.log = killed_at
+unlearn.Run.log, unlearn.train = killed_at, watched
 sys.exit(data.run_cli(unlearn.main))
 """
 
 
 def test_two_processes_give_the_losses_of_one_and_go_on_after_one_was_killed(run_micro, tmp_path):
-    flags = ["--lora-dropout", "0", "--cache", str(tmp_path / "cache")]
+    flags = ["--method", "spul", "ga+gd", "--lora-dropout", "0", "--cache", str(tmp_path / "cache")]
     one, two = run_micro("one", *flags), tmp_path / "two"
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "worker.py"),
@@ -1094,12 +1099,15 @@ def test_two_processes_give_the_losses_of_one_and_go_on_after_one_was_killed(run
     assert first.returncode and "Signal 9 (SIGKILL)" in first.stderr and not (two / "prompt").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "going on after epoch 1" in again.stdout
+    assert again.stdout.count("spul holds 100 %") == again.stdout.count("ga+g holds 50 %") == 2  # weights are sharded, phi is not
     ours, theirs = ([row for row in csv.DictReader(open(run / "log.csv"))] for run in (one, two))
     last = {(row["stage"], row["step"]): float(row["loss"]) for row in theirs}  # the killed epoch's steps were taken twice
-    assert len(last) == len(ours) and {row["stage"][:4] for row in ours} == {"qlor", "spul"}
+    assert len(last) == len(ours) and {row["stage"][:4] for row in ours} == {"qlor", "spul", "ga+g"}
     for row in ours:
         assert last[row["stage"], row["step"]] == pytest.approx(float(row["loss"]), rel=1e-4)
     assert [row["test_retain"] for row in results(one)] == [row["test_retain"] for row in results(two)]
+    ours, theirs = (load_file(run / "weights/model.safetensors") for run in (one, two))
+    assert ours.keys() == theirs.keys() and all((ours[k] - theirs[k]).abs().max() < 1e-4 for k in ours)
 
 
 def test_the_method_that_the_readme_adds_runs_and_gets_its_row(run_micro, monkeypatch):

@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,7 +31,8 @@ import data
 import evaluate
 from baselines import cross_entropy, kl_divergence
 from lora import add_lora, load_adapter, merge_lora, save_adapter
-from model import Config, build, check_device, load_model, read_json, save_model, sweep, whole, write_json
+from model import (Config, build, check_device, fast_bf16, load_model, read_json, save_model, sweep, tie, whole,
+                   write_json)
 from soft_prompt import PromptEncoder, prompt_kv, save_prompt
 
 
@@ -104,7 +106,7 @@ def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, 
             if (i + 1) % accumulate and i + 1 < len(todo):
                 continue
             sum_gradients(params)
-            norm, step = torch.nn.utils.clip_grad_norm_(params, clip), step + 1
+            norm, step = whole_tensor(torch.nn.utils.clip_grad_norm_(params, clip)), step + 1
             if not (loss.isfinite() & norm.isfinite()):  # no such step reaches the weights, nor what `keep` writes
                 raise ValueError(f"{stage}: at step {step} the loss is {loss.item():g}, its gradient {norm.item():g} long; "
                                  f"lower the learning rate (the last finished epoch is kept in {run.dir})")
@@ -259,7 +261,41 @@ def sum_gradients(params):
     if torch.distributed.is_initialized():
         for w in params:
             w.grad = torch.zeros_like(w) if w.grad is None else w.grad
-            torch.distributed.all_reduce(w.grad)
+            if is_sharded(w):
+                w.grad *= torch.distributed.get_world_size()  # fully_shard has added them up, and divided by their number
+            else:
+                torch.distributed.all_reduce(w.grad)
+
+
+def shard(model):
+    """Spreads weights, gradients and AdamW's state over the processes, in place: each keeps 16 bytes a parameter / N.
+
+    PyTorch's fully_shard puts one layer's weights together as that layer computes, and takes them apart again.
+    """
+    from torch.distributed.fsdp import fully_shard  # here: it takes a second, which one process alone need not wait
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # V, which nothing writes to
+    mesh = torch.distributed.init_device_mesh(model.lm_head.weight.device.type, (torch.distributed.get_world_size(),))
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh)
+
+
+def is_sharded(w):
+    """Whether this process holds but a part of the tensor (a DTensor)."""
+    return hasattr(w, "full_tensor")
+
+
+def whole_tensor(w):
+    """The tensor itself, or put together from all processes."""
+    return w.full_tensor() if is_sharded(w) else w
+
+
+def unshard(model):
+    """-> a sharded model put together again in every process, for evaluation, which shares the texts out."""
+    with torch.device("meta"):
+        plain = build(model.config)
+    plain.load_state_dict({name: whole_tensor(w) for name, w in model.state_dict().items()}, assign=True)
+    tie(plain)
+    return plain.eval()
 
 
 # --------------------------------------------------------------------------------------------- stage 1: an embedded LM
@@ -385,8 +421,9 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
                 base = head(base_hidden[batch.index]).float().log_softmax(-1)
         return loss(all_rows(logits, len(batch.y)), base, batch.y, batch.is_forget, alpha, beta)
 
+    state = None if is_sharded(params[0]) else run.dir / f"state-{stage}.pt"  # sharded, a stage cut off starts anew
     figures = train(stage, params, batches, loss_of, epochs, lr, run, seed, warmup, args.clip, args.accumulate,
-                    run.dir / f"state-{stage}.pt", fingerprint, after_epoch)
+                    state, fingerprint, after_epoch)
     last = f"layers.{len(model.layers) - 1}."  # of which only keys and values are computed at every token
     maps = sum(m.in_features * m.out_features for name, m in model.named_modules() if hasattr(m, "in_features") and
                name.startswith("layers.") and (not name.startswith(last) or "k_proj" in name or "v_proj" in name))
@@ -464,15 +501,15 @@ def unlearn(name, model, base_hidden, prompts, answers, args, run, cell, fingerp
     else:
         tuned, prefix = copy.deepcopy(model), None
         tuned = merge_lora(tuned) if args.tune == "full" else tuned
-        params = [w for n, w in tuned.named_parameters() if args.tune == "full" or "lora_" in n]
-        for w in params:
-            w.requires_grad_(True)
-        tuned.checkpointing = model.checkpointing
+        for name, w in tuned.named_parameters():
+            w.requires_grad_(args.tune == "full" or "lora_" in name)
+        tuned.checkpointing, sharded = model.checkpointing, args.tune == "full" and torch.distributed.is_initialized()
+        if sharded:
+            shard(tuned)
+        params = [w for w in tuned.parameters() if w.requires_grad]
         figures = fit(cell, tuned, params, loss, prompts, answers, base_hidden, model.lm_head, args, run,
                       warmup=0.05, **options)
-        model = tuned
-        for w in params:
-            w.requires_grad_(False)
+        model = (unshard(tuned) if sharded else tuned).requires_grad_(False)
         if is_main():
             save_model(model, out) if args.tune == "full" else save_adapter(model, out, args.model or "")
     return model, prefix, {**figures, "trainable_params": sum(w.numel() for w in params), "files": out.name}
@@ -504,7 +541,8 @@ def run_seed(seed, args, run):
                beta=None, p=None, lr=None, forget_fraction=None)
 
     def measure(cell, fingerprint, model, prefix, **more):
-        scores = evaluate.scores(model, prompts, prefix, args.device)
+        with autocast(model, args):
+            scores = evaluate.scores(model, prompts, prefix, args.device)
         run.finish(cell, fingerprint, {**row, **more, **scores, "peak_memory_mb": evaluate.peak_memory_mb(args.device)})
         print(evaluate.table2([run.cells[cell]]), flush=True)
 
@@ -517,7 +555,7 @@ def run_seed(seed, args, run):
     if not run.finished(base, common):
         measure(base, common, model, None, **{**figures, "method": "qlora", "lr": args.qlora_lr})
     evaluate.check_learned(run.cells[base], prompts)
-    model = merge_lora(model) if args.merged else model
+    model = merge_lora(model, model.lm_head.weight.dtype) if args.merged else model
     base_hidden = None
     for cell in cells(args):
         method, name = METHODS[cell["method"]], cell_name(cell, seed)
@@ -570,12 +608,11 @@ def cell_name(cell, seed):
 # What each kind of run sets where no flag says otherwise; lr: of a method, or of all that train a prompt or weights.
 PRESETS = {
     "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=6, batch=32, forget_per_batch=8,
-                clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True),
+                clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True, dtype="fp32"),
     "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=2, batch=32, forget_per_batch=8, clip=1.0,
-                     targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=False),
+                     targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=True),
     "paper": dict(p=[30], lr={"prompt": 1e-4, "weights": 1e-5}, epochs=10, batch=32, forget_per_batch=0, clip=0.3,
-                  targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10,
-                  merged=False),
+                  targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10, merged=False),
 }
 
 
@@ -602,7 +639,7 @@ def parser():
         help="Eq. (4), or the released code's")
     add("--tune", choices=["full", "lora"], default="full", help="what the baselines train: every weight, or the adapter")
     add("--merged", action=argparse.BooleanOptionalAction,
-        help="unlearn on dense weights, the adapter merged in: fast for a small model (default: for the toy)")
+        help="unlearn on dense weights, the adapter merged in: fast for a small model (default: for embedded LMs)")
     add("--clip", type=float, help="largest norm of a gradient")
     add("--rank", type=int, help="rank of LoRA")
     add("--lora-alpha", type=float, default=64, help="LoRA's alpha")
@@ -611,7 +648,7 @@ def parser():
     add("--qlora-lr", type=float, help="learning rate of QLoRA")
     add("--qlora-epochs", type=int, help="epochs of QLoRA")
     add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4", help="how the frozen model is kept")
-    add("--dtype", choices=["fp32", "bf16"], help="what is computed in (default: bf16 on a GPU, fp32 on a CPU)")
+    add("--dtype", choices=["fp32", "bf16"], help="what is computed in (default: bf16 where the hardware multiplies it; the toy: fp32)")
     add("--device", help="cuda when present, else cpu")
     add("--checkpointing", action="store_true", help="keep only each layer's input for the backward pass: less memory, more time")
     add("--max-len", type=int, default=256, help="tokens of a prompt; a longer text loses its end")
@@ -642,7 +679,6 @@ def parse(argv=None):
             setattr(args, key, value)
     args.lr = {name: given or [value] for name, value in preset["lr"].items()}
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     positive = ("epochs", "batch", "accumulate", "hidden", "rank", "max_len", "log_every", "clip", "qlora_lr", "lora_alpha",
                 "qlora_epochs")
     for key, value in [(k, getattr(args, k)) for k in positive] + [("p", v) for v in args.p] + [
@@ -655,6 +691,7 @@ def parse(argv=None):
         raise ValueError(f"--forget-per-batch {args.forget_per_batch} must be below --batch {args.batch}; "
                          f"--lora-dropout {args.lora_dropout} below 1")
     check_device(args.device)
+    args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     args.merged = args.merged and args.tune == "full"  # a merged adapter cannot be tuned on
     stem = f"{Path(args.model).resolve().name if args.model else 'embedded'}-{args.dataset}-{'-'.join(args.method)}"
     args.out = args.out or str(Path("runs") / stem)
