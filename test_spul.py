@@ -1189,6 +1189,25 @@ def test_efficiency_counts_the_products_a_step_takes_and_says_nothing_of_rows_wi
     assert evaluate.efficiency([row])[1][-1] == "-"
 
 
+@pytest.mark.parametrize("features, dtype", [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({}, "fp32")])
+def test_bf16_is_chosen_where_the_hardware_multiplies_it_but_not_for_the_toy(features, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    sst2 = ["--dataset", "sst2", "--device", "cpu"]
+    assert unlearn.parse(sst2).dtype == dtype and unlearn.parse([*sst2, "--dtype", "fp32"]).dtype == "fp32"
+    assert unlearn.parse(["--device", "cpu"]).dtype == "fp32"
+
+
+def test_in_bf16_a_run_keeps_phi_and_the_baselines_weights_in_float32(run_micro):
+    run = run_micro("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd")
+    tensors = [load_file(run / file)[name] for file, name in (
+        ("prompt/adapter_model.safetensors", "prompt_embeddings"), ("weights/model.safetensors", "lm_head.weight"))]
+    assert [w.dtype for w in tensors] == 2 * [torch.float32]
+    loaded = evaluate.load_run(run)  # the frozen model, merged, is bf16 throughout
+    assert {w.dtype for w in loaded.model.parameters()} == {torch.bfloat16}
+    row = evaluate.read_rows(run)[2]
+    assert row["method"] == "spul" and evaluate.scores(loaded.model, loaded.prompts, loaded.prefix) == {s: row[s] for s in data.SPLITS}
+
+
 # ------------------------------------------------------------------------------------------------- the audit
 
 
