@@ -5,11 +5,14 @@
     python evaluate.py RUN --audit               is it really forgotten? references, attacks, controls
 """
 import argparse
+import functools
 import resource
 import sys
-import time
+import timeit
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mode
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -54,11 +57,6 @@ def _over_batches(read, prompts, device, batch=256):
     return out
 
 
-def predict(model, prompts, prefix=None, device="cpu"):
-    """-> the answers (n,): the argmax over the WHOLE vocabulary, so that any word but the true label is wrong."""
-    return _over_batches(lambda b: model(b.tokens, b.answer_pos, prefix).argmax(-1), prompts, device).cpu()
-
-
 def hidden_states(model, prompts, prefix=None, device="cpu"):
     """-> the state that lm_head reads at each answer (n,D)."""
     return _over_batches(lambda b: model.hidden(b.tokens, b.answer_pos, prefix)[0], prompts, device)
@@ -72,9 +70,31 @@ def metrics(pred, y):
 
 
 def scores(model, prompts, prefix=None, device="cpu"):
-    """{split: [Prompt]} -> {split: metrics}."""
+    """{split: [Prompt]} -> {split: metrics}; the answer is the argmax over the WHOLE vocabulary: any other word is wrong."""
     model.eval()
-    return {name: metrics(predict(model, part, prefix, device), [p.label for p in part]) for name, part in prompts.items()}
+    found = {}
+    for split, part in prompts.items():
+        pred = _over_batches(lambda b: model(b.tokens, b.answer_pos, prefix).argmax(-1), part, device)  # (n,)
+        found[split] = metrics(pred.cpu(), [q.label for q in part])
+    return found
+
+
+def constant(prompts):
+    """{split: [Prompt]} -> {split: metrics} of a predictor that always gives the commonest train label."""
+    answer = mode(q.label for q in prompts["train_retain"] + prompts["train_forget"])
+    return {split: metrics([answer] * len(part), [q.label for q in part]) for split, part in prompts.items()}
+
+
+LEARNED = 10.0  # points by which the base must beat the constant answer on the forget set, before unlearning begins
+
+
+def check_learned(base, prompts):
+    """ValueError unless the base's row shows that it learned the forget set: else there is nothing to unlearn."""
+    got, least = base["train_forget"]["acc"], constant(prompts)["train_forget"]["acc"] + LEARNED
+    if got < least:
+        raise ValueError(f"the base answers {got} % of the forget set right, and {least:.1f} % were needed (the constant "
+                         f"answer and {LEARNED:g} points): nothing was learned that could be unlearned; raise "
+                         "--qlora-epochs or --qlora-lr")
 
 
 def peak_memory_mb(device):
@@ -108,89 +128,95 @@ def read_rows(run):
     return rows
 
 
+def audits(run):
+    """-> {seed: audit} of RUN/audit.json, {} when there is none."""
+    file = Path(run) / "audit.json"
+    return read_json(file, "an audit by evaluate.py", ["seeds"])["seeds"] if file.is_file() else {}
+
+
 def load_rows(runs):
-    """Run directories -> the rows of their results.json, each with the run's path in row["run"]."""
-    return [{**row, "run": str(run)} for run in runs
-            for row in read_rows(run) + [row for one in audits(run).values() for row in one["rows"]]]
+    """Run directories -> the rows of their results.json, and of the references that their audits added."""
+    return [row for run in runs for row in read_rows(run) + [row for one in audits(run).values() for row in one["rows"]]]
 
 
-def over_seeds(rows):
-    """Rows that differ in their seed alone are one group -> {key: [rows]}, in the order of their first row."""
+SETTING = ("model", "dataset", "method", "forget_fraction", "lr", "alpha", "beta", "p")  # what a row is, but for its seed
+
+
+def group_by(rows, *keys):
+    """Rows that agree in these keys are one group -> {their values: [rows]}, in the order of their first row."""
     groups = {}
     for row in rows:
-        key = tuple(row.get(k) for k in ("model", "dataset", "method", "forget_fraction", "lr", "alpha", "beta", "p"))
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
     return groups
 
 
-def mean_std(values):
-    """Numbers -> "96.1" of one, "96.1 +-0.4" of several: their mean and standard deviation."""
-    values = torch.tensor(values, dtype=torch.float64)
+def group_spul(rows, *keys):
+    """The same for the rows of spul alone, of which Table 3, Table 4 and Fig. 2 are made."""
+    return group_by([row for row in rows if row["method"] == "spul"], *keys)
+
+
+def mean_std(rows, *keys):
+    """The number at row[key][key] over the rows of several seeds -> "96.1 +-0.4", mean and std; of one row "96.1"."""
+    values = torch.tensor([functools.reduce(dict.get, keys, row) for row in rows], dtype=torch.float64)
     return f"{values.mean():.1f}" + (f" +-{values.std():.1f}" if len(values) > 1 else "")
 
 
 def collate_runs(rows):
-    """-> the lines of Table 2 over seeds: a header, then [method, setting, seeds, ACC / F1 of each split] for each group."""
+    """-> the lines of Table 2: a header, then [method, setting, seeds, ACC / F1 of each split] for each group."""
     lines = [["method", "setting", "seeds", *HEADS]]
-    for (_, _, method, fraction, lr, alpha, beta, p), group in over_seeds(rows).items():
+    for (_, _, method, fraction, lr, alpha, beta, p), group in group_by(rows, *SETTING).items():
         marks = dict(f=fraction if fraction != 1 else None, lr=lr, alpha=alpha, beta=beta, p=p)
         setting = " ".join(f"{k}={v:g}" for k, v in marks.items() if v is not None)
-        lines.append([method, setting, str(len(group)), *(
-            " / ".join(mean_std([row[s][what] for row in group]) for what in ("acc", "f1")) for s in data.SPLITS)])
+        cells = [f"{mean_std(group, s, 'acc')} / {mean_std(group, s, 'f1')}" for s in data.SPLITS]
+        lines.append([method, setting, str(len(group)), *cells])
     return lines
 
 
 def best(rows):
     """The rows of the learning rate that serves each method best: train retain minus train forget, over all seeds."""
-    chosen = {}
-    for key, group in over_seeds(rows).items():
-        gain = sum(row["train_retain"]["acc"] - row["train_forget"]["acc"] for row in group) / len(group)
-        setting = (key[2], key[3], *key[5:])  # all but the learning rate
-        if setting not in chosen or gain > chosen[setting][0]:
-            chosen[setting] = gain, group
-    return [row for _, group in chosen.values() for row in group]
+    def gain(group):
+        return sum(row["train_retain"]["acc"] - row["train_forget"]["acc"] for row in group) / len(group)
+
+    rates = [group_by(group, "lr") for group in group_by(rows, *(k for k in SETTING if k != "lr")).values()]
+    return [row for groups in rates for row in max(groups.values(), key=gain)]
 
 
 def ablation(rows, split):
     """Table 3: spul's accuracy on `split` by alpha (down) and beta (across)."""
-    rows = [row for row in rows if row["method"] == "spul"]
-    alphas, betas = (sorted({row[key] for row in rows}) for key in ("alpha", "beta"))
+    cells = group_spul(rows, "alpha", "beta")
+    alphas, betas = (sorted({key[i] for key in cells}) for i in (0, 1))
     lines = [["alpha \\ beta", *(f"{beta:g}" for beta in betas)]]
     for alpha in alphas:
-        found = [[row[split]["acc"] for row in rows if (row["alpha"], row["beta"]) == (alpha, beta)] for beta in betas]
-        lines.append([f"{alpha:g}", *(mean_std(values) if values else "-" for values in found)])
+        groups = [cells.get((alpha, beta)) for beta in betas]
+        lines.append([f"{alpha:g}", *(mean_std(group, split, "acc") if group else "-" for group in groups)])
     return lines
 
 
 def by_fraction(rows):
     """Table 4: spul's accuracy on the four splits by the part of the forget set that unlearning saw."""
-    rows = [row for row in rows if row["method"] == "spul"]
-    return [["forget fraction", *HEADS]] + [
-        [f"{f:g}", *(mean_std([row[s]["acc"] for row in rows if row["forget_fraction"] == f]) for s in data.SPLITS)]
-        for f in sorted({row["forget_fraction"] for row in rows})]
+    lines = [["forget fraction", *HEADS]]
+    for (fraction,), group in sorted(group_spul(rows, "forget_fraction").items()):
+        lines.append([f"{fraction:g}", *(mean_std(group, s, "acc") for s in data.SPLITS)])
+    return lines
 
 
 def matmul_rate(n=1024):
     """Floating-point operations per second of a float32 matrix product (n,n) x (n,n) on the CPU, the best of 20."""
-    a, seconds = torch.randn(n, n), []
-    for _ in range(20):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return 2 * n ** 3 / min(seconds)
+    a = torch.randn(n, n)
+    return 2 * n ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=20))
 
 
 def efficiency(rows):
     """The Efficiency paragraph: what each method trains, and what it takes, over the seeds; the last column is how much
     of what this CPU, with all its threads, does in plain float32 matrix products a step's own products reach."""
-    lines, rate = [["method", "trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB",
-                    "of matmul rate"]], None
-    for key, group in over_seeds([row for row in rows if row.get("seconds_per_epoch")]).items():
-        rate = rate or matmul_rate()
-        speed = sum(row["tokens_per_second"] for row in group) / len(group)
-        lines.append([key[2], f"{group[0]['trainable_params']:,}", mean_std([row["seconds_per_epoch"] for row in group]),
+    rate = matmul_rate()
+    lines = [["method", "trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB",
+              "of matmul rate"]]
+    for group in group_by([row for row in rows if row.get("seconds_per_epoch")], *SETTING).values():
+        row, speed = group[0], sum(row["tokens_per_second"] for row in group) / len(group)
+        lines.append([row["method"], f"{row['trainable_params']:,}", mean_std(group, "seconds_per_epoch"),
                       f"{speed:,.0f}", f"{max(row['peak_memory_mb'] for row in group):,}",
-                      f"{100 * speed * group[0]['flops_per_token'] / rate:.0f} %" if "flops_per_token" in group[0] else "-"])
+                      f"{100 * speed * row['flops_per_token'] / rate:.0f} %" if "flops_per_token" in row else "-"])
     return lines
 
 
@@ -211,71 +237,65 @@ def render(lines, form="text"):
 COLOURS = {"retain": "#1f6fb4", "forget": "#d1495b"}
 
 
-def axes(columns, width):
-    """A figure of `columns` axes side by side; matplotlib is imported here alone."""
+@contextmanager
+def figure(path, columns, width):
+    """Yields a figure and its axes side by side, to draw on; then writes it to path, a .png or .svg."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("figures need matplotlib; pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axs = plt.subplots(1, columns, figsize=(width, 3.8), layout="constrained", squeeze=False)
+    fig, axs = plt.subplots(1, columns, figsize=(width, 3.8), layout="constrained", squeeze=False)
     for ax in axs[0]:
         ax.spines[["top", "right"]].set_visible(False)
-    return figure, axs[0]
-
-
-def save_figure(figure, path):
-    """Writes a PNG or SVG, by the suffix of path, whole or not at all."""
+    yield fig, axs[0]
     with whole(path) as part:
-        figure.savefig(part, format=Path(path).suffix[1:], dpi=150)
+        fig.savefig(part, format=Path(path).suffix[1:], dpi=150)
     print(f"wrote {path}")
 
 
 def plot_against(rows, key, path):
     """Fig. 2: accuracy on the four splits against p (or alpha, beta, forget_fraction), mean and std over seeds."""
-    rows = [row for row in rows if row["method"] == "spul" and row.get(key) is not None]
-    values = sorted({row[key] for row in rows})
+    groups = sorted(group_spul(rows, key).items())
+    values = [value for (value,), _ in groups]
     if len(values) < 2:
         raise ValueError(f"only {len(values)} value of {key} in these runs; expected several: unlearn.py --{key} 10 20 30")
-    figure, (ax,) = axes(1, 5.4)
-    for split, head in zip(data.SPLITS, HEADS):
-        groups = [torch.tensor([row[split]["acc"] for row in rows if row[key] == v]) for v in values]
-        part, when = reversed(split.split("_"))
-        ax.errorbar(values, [g.mean() for g in groups], [g.std(correction=0) for g in groups], capsize=3, color=COLOURS[part],
-                    marker="o", markersize=9 if when == "train" else 5, fillstyle="none" if when == "train" else "full",
-                    linestyle="-" if when == "train" else "--", label=head)  # one may lie right on the other
-    ax.set(xlabel={"p": "p, tokens of the soft prompt"}.get(key, key), ylabel="accuracy (%)", ylim=(-4, 104), xticks=values)
-    ax.legend(frameon=False, loc="center right")
-    save_figure(figure, path)
+    with figure(path, 1, 5.4) as (_, (ax,)):
+        for split, head in zip(data.SPLITS, HEADS):
+            acc = [torch.tensor([row[split]["acc"] for row in group]) for _, group in groups]
+            when, part = split.split("_")  # one may lie right on the other: train is a large ring, test a small disc
+            style = {"train": dict(markersize=9, fillstyle="none", linestyle="-"),
+                     "test": dict(markersize=5, linestyle="--")}[when]
+            ax.errorbar(values, [a.mean() for a in acc], [a.std(correction=0) for a in acc], capsize=3, marker="o",
+                        color=COLOURS[part], label=head, **style)
+        ax.set(xlabel={"p": "p, tokens of the soft prompt"}.get(key, key), ylabel="accuracy (%)", ylim=(-4, 104),
+               xticks=values)
+        ax.legend(frameon=False, loc="center right")
 
 
 def plot_tsne(run, path, per_label=500):
-    """Fig. 1: t-SNE of the state at the answer, base beside SPUL; colour: forget or retain, shape: the true label."""
+    """Fig. 1: t-SNE of the state at the answer, base beside SPUL; colour: forget or retain, shape: the true label.
+
+    Up to per_label test prompts of each true label, forget and retain drawn alike.
+    """
     from sklearn.manifold import TSNE
     loaded = load_run(run)
-    part = pick(loaded.prompts, per_label)
-    tokens = {loaded.tokens[label]: label for label in loaded.task.labels}
-    figure, axs = axes(2, 9)
-    for ax, title, prefix in zip(axs, ("base", "SPUL"), (None, loaded.prefix)):
-        h = hidden_states(loaded.model, part, prefix, loaded.args.device).float().cpu().numpy()
-        xy = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(part) // 4)).fit_transform(h)
-        for is_forget, name in ((False, "retain"), (True, "forget")):  # the fewer forget points lie on top
-            for (token, label), marker in zip(tokens.items(), "o^sD"):
-                index = [i for i, q in enumerate(part) if q.is_forget == is_forget and q.label == token]
-                ax.scatter(*xy[index].T, s=14, marker=marker, color=COLOURS[name], alpha=0.65, linewidths=0,
-                           label=f"{name}, {label}")
-        ax.set(title=title, xticks=[], yticks=[])
-    handles, labels = axs[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    save_figure(figure, path)
-
-
-def pick(prompts, per_label):
-    """Up to per_label test prompts of each true label, forget and retain drawn alike."""
-    pool = prompts["test_forget"] + prompts["test_retain"]
+    pool = loaded.prompts["test_forget"] + loaded.prompts["test_retain"]
     data.generator(0, "t-sne").shuffle(pool)
-    return [q for label in {q.label for q in pool} for q in [q for q in pool if q.label == label][:per_label]]
+    part = [q for label in {q.label for q in pool} for q in [q for q in pool if q.label == label][:per_label]]
+    with figure(path, 2, 9) as (fig, axs):
+        for ax, title, prefix in zip(axs, ("base", "SPUL"), (None, loaded.prefix)):
+            h = hidden_states(loaded.model, part, prefix, loaded.args.device).float().cpu().numpy()  # (n,D)
+            xy = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(part) // 4)).fit_transform(h)  # (n,2)
+            for is_forget, name in ((False, "retain"), (True, "forget")):  # the fewer forget points lie on top
+                for label, marker in zip(loaded.task.labels, "o^sD"):
+                    index = [i for i, q in enumerate(part) if (q.is_forget, q.label) == (is_forget, loaded.tokens[label])]
+                    ax.scatter(*xy[index].T, s=14, marker=marker, color=COLOURS[name], alpha=0.65, linewidths=0,
+                               label=f"{name}, {label}")
+            ax.set(title=title, xticks=[], yticks=[])
+        handles, labels = axs[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
 # ----------------------------------------------------------------------------------------------- a finished run, again
@@ -284,7 +304,8 @@ class Loaded(NamedTuple):
     """A run's base model (frozen, with its adapter), its learned prompt, and the data it was run on."""
     args: SimpleNamespace
     lm: str                  # the pretrained LM's directory
-    model: torch.nn.Module
+    adapter: Path            # of the base
+    model: torch.nn.Module   # the base
     phi: torch.Tensor        # (p,D)
     prefix: list             # K, V (1,G,p,d) of each layer, as prompt_kv gives them
     tokenizer: object
@@ -294,14 +315,28 @@ class Loaded(NamedTuple):
     prompts: dict            # {split: [Prompt]}, in the same order
     row: dict                # of results.json
 
+    def logits(self, ids, prefix=None):
+        """The tokens of one prompt -> the logits (1,V) of its answer."""
+        tokens, answer_pos = (torch.tensor(x, device=self.args.device) for x in ([ids], [len(ids) - 1]))
+        return self.model(tokens, answer_pos, prefix)
 
-def load_base(run, seed, args, merged=None):
-    """-> the directory of a run's pretrained LM, and that LM with the adapter that QLoRA gave it, frozen."""
-    notes = read_json(Path(run) / f"base-seed{seed}.json", "the base model's place", ["lm", "adapter"])
-    model = load_model(notes["lm"], args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    load_adapter(model, Path(run) / notes["adapter"])
-    model = merge_lora(model, model.lm_head.weight.dtype) if (args.merged if merged is None else merged) else model
-    return notes["lm"], model.requires_grad_(False).eval()
+    def word(self, token):
+        """A token as text."""
+        return self.tokenizer.piece(token).strip(data.SPACES)
+
+    def top_five(self, logits):
+        """Logits (1,V) -> the five likeliest answers, as text."""
+        top = logits[0].detach().float().softmax(-1).topk(5)
+        return "   ".join(f"{self.word(token)} {100 * v:.1f} %" for v, token in zip(*top))
+
+
+def load_base(lm, args, adapter=None, merged=False):
+    """A run's pretrained LM, with an adapter where one is given, or that merged into its weights -> the model, frozen."""
+    model = load_model(lm, args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    if adapter:
+        load_adapter(model, adapter)
+    model = merge_lora(model, model.lm_head.weight.dtype) if merged else model
+    return model.requires_grad_(False).eval()
 
 
 def load_run(run, cell=None, seed=None):
@@ -311,62 +346,53 @@ def load_run(run, cell=None, seed=None):
         "dataset", "data_dir", "weights", "dtype", "device", "max_train", "max_test", "max_len", "labels", "generic",
         "template", "merged"]))
     check_device(args.device)
-    rows = [row for row in load_rows([run]) if row["method"] == "spul" and "files" in row
-            and cell in (None, row["cell"]) and seed in (None, row["seed"])]
-    if not rows:
+    row = next((row for row in read_rows(run) if row["method"] == "spul" and "files" in row
+                and cell in (None, row["cell"]) and seed in (None, row["seed"])), None)
+    if not row:
         raise ValueError(f"{run} has no finished spul row{f' {cell}' if cell else ''}; run unlearn.py --method spul first")
-    row = rows[0]
-    lm, model = load_base(run, row["seed"], args)
+    notes = read_json(run / f"base-seed{row['seed']}.json", "the base model's place", ["lm", "adapter"])
+    lm, adapter = notes["lm"], run / notes["adapter"]
+    model = load_base(lm, args, adapter, args.merged)
     phi = load_prompt(run / row["files"], model.embed_tokens.embedding_dim).to(args.device)
     with torch.no_grad():
         prefix = prompt_kv(model, phi)
     splits = data.load_splits(args.dataset, args.data_dir, row["seed"], max_train=args.max_train, max_test=args.max_test)
     task, tokenizer = data.task_of(args), data.load_tokenizer(lm)
-    return Loaded(args, lm, model, phi, prefix, tokenizer, task,
-                  data.label_tokens(tokenizer, task, splits["train_retain"][0].text), splits,
-                  data.encode_splits(tokenizer, task, splits, args.max_len), row)
+    tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
+    prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
+    return Loaded(args, lm, adapter, model, phi, prefix, tokenizer, task, tokens, splits, prompts, row)
 
 
+@torch.no_grad()
 def ask(loaded, text):
     """Prints the five likeliest answers of a loaded run to one text, without and with the learned prompt."""
     ids = data.encode_prompt(loaded.tokenizer, loaded.task, text, loaded.args.max_len)
-    tokens = torch.tensor([ids], device=loaded.args.device)
-    answer_pos = torch.tensor([len(ids) - 1], device=tokens.device)
-    print(data.prompt_string(loaded.task, text) + "\n")
-    for title, prefix in (("without phi", None), ("with phi", loaded.prefix)):
-        with torch.no_grad():
-            print(f"{title:12}{top_five(loaded, loaded.model(tokens, answer_pos, prefix)[0])}")
+    print(f"{data.prompt_string(loaded.task, text)}\n\n"
+          f"without phi {loaded.top_five(loaded.logits(ids))}\n"
+          f"with phi    {loaded.top_five(loaded.logits(ids, loaded.prefix))}")
 
 
 def explain(loaded):
     """Prints what happens to one forget and one retain example: prompt, tokens, answers, losses and their pull on phi."""
     from unlearn import spul_loss  # here, since unlearn imports this file
-    model, tokens, p = loaded.model, loaded.tokens, len(loaded.phi)
+    p = len(loaded.phi)
     for split in ("test_forget", "test_retain"):
         example, prompt = loaded.splits[split][0], loaded.prompts[split][0]
-        n, y = len(prompt.ids), tokens[loaded.task.generic[0]] if prompt.is_forget else prompt.label
+        y, end = loaded.tokens[loaded.task.generic[0]] if prompt.is_forget else prompt.label, p + len(prompt.ids) - 1
         print(f"{split.replace('_', ' ')}: {data.prompt_string(loaded.task, example.text)!r}, the truth is {example.label}")
-        print(f"phi stands at positions 0 to {p - 1}, the tokens at {p} to {p + n - 1}, the answer is read at {p + n - 1}:")
-        print(" ".join(f"{p + i}:{loaded.tokenizer.piece(t).strip(data.SPACES)}" for i, t in enumerate(prompt.ids)))
-        ids, answer_pos = (torch.tensor(x, device=loaded.args.device) for x in ([prompt.ids], [n - 1]))
+        print(f"phi stands at positions 0 to {p - 1}, the tokens at {p} to {end}, the answer is read at {end}:")
+        print(" ".join(f"{i}:{loaded.word(token)}" for i, token in enumerate(prompt.ids, p)))
         phi = loaded.phi.clone().requires_grad_(True)
-        with torch.no_grad():
-            base = model(ids, answer_pos)
-        logits = model(ids, answer_pos, prompt_kv(model, phi))
-        print(f"before phi  {top_five(loaded, base[0])}\nafter phi   {top_five(loaded, logits[0])}")
-        _, parts = spul_loss(logits, base.float().log_softmax(-1), torch.tensor([y], device=ids.device),
-                             torch.tensor([prompt.is_forget], device=ids.device), 1.0, 1.0)
+        base = loaded.logits(prompt.ids).detach()
+        logits = loaded.logits(prompt.ids, prompt_kv(loaded.model, phi))
+        print(f"before phi  {loaded.top_five(base)}\nafter phi   {loaded.top_five(logits)}")
+        _, parts = spul_loss(logits, base.float().log_softmax(-1), torch.tensor([y], device=phi.device),
+                             torch.tensor([prompt.is_forget], device=phi.device), alpha=1.0, beta=1.0)
         for name in ("L_f",) if prompt.is_forget else ("L_r", "L_kl"):
             pull = torch.autograd.grad(parts[name], phi, retain_graph=True)[0].norm()
-            towards = f" towards {loaded.tokenizer.piece(y).strip(data.SPACES)}" if name != "L_kl" else " to the base model"
-            print(f"{name} = {parts[name].item():.4f}{towards}, the norm of its gradient on phi is {pull:.4f}")
+            towards = "to the base model" if name == "L_kl" else f"towards {loaded.word(y)}"
+            print(f"{name} = {parts[name].item():.4f} {towards}, the norm of its gradient on phi is {pull:.4f}")
         print()
-
-
-def top_five(loaded, logits):
-    """Logits (V,) -> the five likeliest answers, as text."""
-    top = logits.detach().float().softmax(-1).topk(5)
-    return "   ".join(f"{loaded.tokenizer.piece(i).strip(data.SPACES)} {100 * v:.1f} %" for v, i in zip(*top))
 
 
 # ------------------------------------------------------------------------------- the audit: is it really forgotten?
@@ -391,109 +417,62 @@ def readings(model, prompts, labels, prefix=None, device="cpu"):
 def breakdown(read, prompts, labels, generic):
     """Readings (n,4) -> percent of right, wrong label, generic and other answers; right when only labels may be said."""
     y, answer = torch.tensor([q.label for q in prompts]), read[:, 0].long()
-    right, label, no_answer = answer == y, torch.isin(answer, torch.tensor(labels)), torch.isin(answer, torch.tensor(generic))
-    parts = {"right": right, "wrong label": label & ~right, "generic": no_answer & ~right,
-             "other": ~(label | no_answer | right), "right among labels": read[:, 1] == y}
+    right, is_label, is_generic = answer == y, *(torch.isin(answer, torch.tensor(words)) for words in (labels, generic))
+    parts = {"right": right, "wrong label": is_label & ~right, "generic": is_generic & ~right,
+             "other": ~(is_label | is_generic | right), "right among labels": read[:, 1] == y}
     return {name: 100 * part.double().mean().item() for name, part in parts.items()}
 
 
-def membership_auc(members, others):
-    """Scores (n,), (m,), higher for what was trained on -> AUC in percent: 50 tells nothing, 100 tells all."""
-    return 100 * roc_auc_score([1] * len(members) + [0] * len(others), [*map(float, members), *map(float, others)])
+def membership(seen, unseen):
+    """Readings (n,4) of train and (m,4) of test examples -> AUC in percent of telling them apart by loss, by entropy."""
+    is_member, read = [1] * len(seen) + [0] * len(unseen), torch.cat([seen, unseen]).numpy()
+    return {"loss": 100 * roc_auc_score(is_member, read[:, 2]), "entropy": 100 * roc_auc_score(is_member, -read[:, 3])}
 
 
 def probe(train_h, train_y, test_h, test_y):
-    """Linear probe on states (n,D) -> its accuracy in percent, and that of its control: the mean of 20 with shuffled answers."""
+    """Linear probe on states (n,D) -> its accuracy in percent, and its control's: the mean of 20 with shuffled answers."""
     rng, train_h, test_h = data.generator(0, "probe"), train_h.float().cpu().numpy(), test_h.float().cpu().numpy()
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
-    scores = [100 * classifier.fit(train_h, y).score(test_h, test_y)
-              for y in (train_y, *(rng.sample(train_y, len(train_y)) for _ in range(20)))]
-    return scores[0], sum(scores[1:]) / 20
+    right, *control = [100 * classifier.fit(train_h, y).score(test_h, test_y)
+                       for y in (train_y, *(rng.sample(train_y, len(train_y)) for _ in range(20)))]
+    return right, sum(control) / 20
 
 
 def telling_words(splits, most=40):
     """The words that tell a forget text: nine times of ten they stand in one, and three times at least."""
-    forget, retain = (Counter(w for e in splits[f"train_{part}"] for w in e.text.lower().split()) for part in ("forget", "retain"))
+    forget, retain = (Counter(w for e in splits[f"train_{part}"] for w in e.text.lower().split())
+                      for part in ("forget", "retain"))
     return [w for w, n in forget.most_common() if n >= 3 and n >= 9 * retain[w] and w.isalpha()][:most]
 
 
-def variants(loaded, words):
-    """Test reviews put otherwise -> {name: (task, {split: [Example]})}: does phi still tell which to forget?"""
-    def each(change):
-        return {split: [data.Example(change(e, split), e.label) for e in loaded.splits[split]]
-                for split in ("test_retain", "test_forget")}
-
-    def misspelt(e, split):  # swaps a name's second and third letter
-        return " ".join(w[0] + w[2] + w[1] + w[3:] if w.lower() in words and len(w) > 2 else w for w in e.text.split(" "))
-
-    def two(e, split, rng=data.generator(0, "two")):
-        return f"{rng.choice(others[e.label])} {e.text}"
-
-    others = {}
-    for e in loaded.splits["train_retain"]:
-        others.setdefault(e.label, []).append(e.text)
-    bare = loaded.task._replace(template=loaded.task.template[loaded.task.template.index("{text}"):])
-    return {"as trained": (loaded.task, loaded.splits), "another template": (bare, loaded.splits),
-            "misspelt names": (loaded.task, each(misspelt)), "behind a retain review": (loaded.task, each(two))}
-
-
-def train_attack(name, params, model, prefix, prompts, answers, loaded, log, steps, lr):
-    """Trains params towards the answers, a batch of the prompts at each step. The caller puts back what it changed."""
+def attack(stage, model, params, prefix, known, rest, loaded, log, steps, lr):
+    """Trains params towards the labels of the known prompts -> accuracy on the rest; then puts params back."""
     import unlearn
+    kept = [w.detach().clone() for w in params]
 
     def batches(step):
-        index = data.generator(step, "attack").sample(range(len(prompts)), min(len(prompts), loaded.args.batch))
-        return [data.collate(prompts, answers, index, loaded.args.device)]
+        index = data.generator(step, "attack").sample(range(len(known)), min(len(known), loaded.args.batch))
+        return [data.collate(known, [q.label for q in known], index, loaded.args.device)]
 
     def loss_of(b):
         loss = cross_entropy(model(b.tokens, b.answer_pos, prefix()), b.y, torch.ones_like(b.is_forget))
         return loss, {"L": loss}
 
-    unlearn.train(name, params, batches, loss_of, steps, lr, log, clip=1.0)
-
-
-def relearn(model, phi, known, rest, loaded, log, steps=20):
-    """Accuracy on the rest of the forget set after fine-tuning the adapter on k of its examples -> {"k=0": ...}."""
-    params = [w for name, w in model.named_parameters() if "lora_" in name]
-    kept, curve = [w.clone() for w in params], {}
-
-    def prefix():
-        return None if phi is None else prompt_kv(model, phi)
-
-    for k in (0, 1, 4, 16, 64):
-        if k > len(known):
-            break
-        if k:
-            for w in params:
-                w.requires_grad_(True)
-            answers = [q.label for q in known[:k]]
-            name = f"relearning {'retrain' if phi is None else 'spul'} k={k}"
-            train_attack(name, params, model, prefix, known[:k], answers, loaded, log, steps, loaded.args.qlora_lr)
-        with torch.no_grad():
-            curve[f"k={k}"] = metrics(predict(model, rest, prefix(), loaded.args.device), [q.label for q in rest])["acc"]
-        for w, old in zip(params, kept):
-            w.requires_grad_(False).copy_(old)
-    return curve
-
-
-def undo(name, loaded, known, answers, rest, log, steps=150):
-    """Accuracy on the rest of the forget set behind a second prompt, trained before phi on these answers."""
-    torch.manual_seed(0)
-    encoder = PromptEncoder(len(loaded.phi), loaded.phi.shape[1], loaded.args.hidden).to(loaded.args.device)
-
-    def prefix():
-        return prompt_kv(loaded.model, torch.cat([encoder(), loaded.phi]))
-
-    params = list(encoder.parameters())
-    train_attack(f"undoing phi, {name}", params, loaded.model, prefix, known, answers, loaded, log, steps, loaded.row["lr"])
+    for w in params:
+        w.requires_grad_(True)
+    if known:
+        unlearn.train(stage, params, batches, loss_of, steps, lr, log, clip=1.0)
     with torch.no_grad():
-        return metrics(predict(loaded.model, rest, prefix(), loaded.args.device), [q.label for q in rest])["acc"]
+        accuracy = scores(model, {"rest": rest}, prefix(), loaded.args.device)["rest"]["acc"]
+    for w, old in zip(params, kept):
+        w.requires_grad_(False).copy_(old)
+    return accuracy
 
 
 def retrained(loaded, run, seed):
     """-> the reference: QLoRA from the pretrained LM on the retain set alone, kept in RUN/retrain for the next audit."""
     import unlearn
-    model = load_model(loaded.lm, loaded.args.weights, loaded.args.device, loaded.model.embed_tokens.weight.dtype)
+    model = load_base(loaded.lm, loaded.args)
     made = unlearn.fingerprint_of("retain only", seed, loaded.row["fingerprint"])
     log = unlearn.Run(run / "retrain", loaded.args)
     unlearn.tune_base(model, {**loaded.prompts, "train_forget": []}, loaded.args, log, seed, made)
@@ -502,44 +481,22 @@ def retrained(loaded, run, seed):
 
 def systems(loaded, run, words, retrain):
     """Yields (name, model, prefix, prompts) of all that the audit compares; `prompt-off` comes last, after all others."""
-    args, model = loaded.args, loaded.model
-    yield "base", model, None, loaded.prompts
-    yield "retrain", retrain, None, loaded.prompts
-    yield "spul", model, loaded.prefix, loaded.prompts
-    seen = set()
-    for row in load_rows([run]):
-        if row["seed"] == loaded.row["seed"] and row.get("files") and row["method"] not in ("spul", *seen):
-            seen.add(row["method"])
-            if args.tune == "full":
-                tuned = load_model(run / row["files"], "fp32", args.device)
-            else:
-                tuned = load_model(loaded.lm, args.weights, args.device, model.embed_tokens.weight.dtype)
-                load_adapter(tuned, run / row["files"])
-            yield row["method"], tuned.eval(), None, loaded.prompts
+    args, model, prompts, seed = loaded.args, loaded.model, loaded.prompts, loaded.row["seed"]
+    yield "base", model, None, prompts
+    yield "retrain", retrain, None, prompts
+    yield "spul", model, loaded.prefix, prompts
+    baselines = [row for row in read_rows(run) if row["seed"] == seed and row.get("files") and row["method"] != "spul"]
+    for (method,), (row, *_) in group_by(baselines, "method").items():  # the first cell of each
+        tuned = (load_model(run / row["files"], "fp32", args.device) if args.tune == "full" else
+                 load_base(loaded.lm, args, run / row["files"]))
+        yield method, tuned, None, prompts
     told = loaded.task._replace(template=f"### Ignore: {' '.join(words)}\n\n{loaded.task.template}")
     yield "hard-prompt", model, None, data.encode_splits(loaded.tokenizer, told, loaded.splits, args.max_len)
-    torch.manual_seed(loaded.row["seed"])
+    torch.manual_seed(seed)
     with torch.no_grad():
         untrained = prompt_kv(model, PromptEncoder(*loaded.phi.shape, args.hidden).to(args.device)())
-    yield "random-prompt", model, untrained, loaded.prompts
-    yield "prompt-off", model, None, loaded.prompts
-
-
-def constant(prompts):
-    """{split: [Prompt]} -> {split: metrics} of a predictor that always gives the commonest train label."""
-    answer = Counter(q.label for split in ("train_retain", "train_forget") for q in prompts[split]).most_common(1)[0][0]
-    return {split: metrics([answer] * len(part), [q.label for q in part]) for split, part in prompts.items()}
-
-
-LEARNED = 10.0  # points by which the base must beat the constant answer on the forget set, before unlearning begins
-
-
-def check_learned(base, prompts):
-    """ValueError unless the base's row shows that it learned the forget set: else there is nothing to unlearn."""
-    got, least = base["train_forget"]["acc"], constant(prompts)["train_forget"]["acc"] + LEARNED
-    if got < least:
-        raise ValueError(f"the base answers {got} % of the forget set right, and {least:.1f} % were needed (the constant answer "
-                         f"and {LEARNED:g} points): nothing was learned that could be unlearned; raise --qlora-epochs or --qlora-lr")
+    yield "random-prompt", model, untrained, prompts
+    yield "prompt-off", model, None, prompts
 
 
 def audit_answers(loaded, run, words, retrain):
@@ -552,10 +509,8 @@ def audit_answers(loaded, run, words, retrain):
         rows[name] = {s: metrics(read[name][s][:, 0], [q.label for q in asked[s]]) for s in data.SPLITS}
         for s in data.SPLITS:
             tables[f"answers, {s}"][name] = breakdown(read[name][s], asked[s], labels, generic)
-        seen, unseen = read[name]["train_forget"], read[name]["test_forget"]
         if name not in REFERENCES or name == "retrain":
-            tables["membership"][name] = {"loss": membership_auc(seen[:, 2], unseen[:, 2]),
-                                          "entropy": membership_auc(-seen[:, 3], -unseen[:, 3])}
+            tables["membership"][name] = membership(read[name]["train_forget"], read[name]["test_forget"])
     if not all(torch.equal(read["base"][s], read["prompt-off"][s]) for s in data.SPLITS):
         raise AssertionError("the model without phi is not the base model: something changed a weight")
     rows["constant"] = constant(prompts)
@@ -569,24 +524,33 @@ def audit_answers(loaded, run, words, retrain):
 def audit_recovery(loaded, run, retrain, rng):
     """How little it takes to get the forget set back -> two tables."""
     import unlearn
-    log, forget = unlearn.Run(run / "audit", loaded.args), loaded.prompts["train_forget"]
-    forget = rng.sample(forget, len(forget))
+    args, model, phi, log = loaded.args, loaded.model, loaded.phi, unlearn.Run(run / "audit", loaded.args)
+    forget = rng.sample(loaded.prompts["train_forget"], len(loaded.prompts["train_forget"]))
     half = min(64, len(forget) // 2)
     known, rest = forget[:half], forget[half:] + loaded.prompts["test_forget"]
-    base = load_base(run, loaded.row["seed"], loaded.args, merged=False)[1]  # relearning trains its adapter
-    curves = {"spul": relearn(base, loaded.phi, known, rest, loaded, log),
-              "retrain": relearn(retrain, None, known, rest, loaded, log)}
-    answers = {"true answers": [q.label for q in known],
-               "random answers": [loaded.tokens[rng.choice(loaded.task.labels)] for _ in known]}
-    undone = {name: {"accuracy": undo(name, loaded, known, y, rest, log)} for name, y in answers.items()}
-    return {"relearning": curves, "undoing phi": {"phi alone": {"accuracy": curves["spul"]["k=0"]}, **undone}}
+    false = [q._replace(label=loaded.tokens[rng.choice(loaded.task.labels)]) for q in known]
+    base = load_base(loaded.lm, args, loaded.adapter)  # its adapter not merged, so that it can be trained
+    curves = {}
+    for who, tuned, prefix in (("spul", base, lambda: prompt_kv(base, phi)), ("retrain", retrain, lambda: None)):
+        adapter = [w for name, w in tuned.named_parameters() if "lora_" in name]
+        curves[who] = {f"k={k}": attack(f"relearning {who} k={k}", tuned, adapter, prefix, known[:k], rest, loaded, log,
+                                        steps=20, lr=args.qlora_lr) for k in (0, 1, 4, 16, 64) if k <= half}
+    undone = {"phi alone": {"accuracy": curves["spul"]["k=0"]}}
+    for what, learned in (("true answers", known), ("random answers", false)):
+        torch.manual_seed(0)
+        encoder = PromptEncoder(*phi.shape, args.hidden).to(args.device)  # of a second prompt, before phi
+        undone[what] = {"accuracy": attack(
+            f"undoing phi, {what}", model, list(encoder.parameters()), lambda: prompt_kv(model, torch.cat([encoder(), phi])),
+            learned, rest, loaded, log, steps=150, lr=loaded.row["lr"])}
+    return {"relearning": curves, "undoing phi": undone}
 
 
 def audit_probe(loaded, retrain):
     """What a linear probe reads from the state at the answer -> a table; forget and retain are made equally many."""
     table, sets = {}, ("train_forget", "test_forget")
     alike = {s: loaded.prompts[s] + loaded.prompts[s.replace("forget", "retain")][:len(loaded.prompts[s])] for s in sets}
-    for name, model, prefix in (("base", loaded.model, None), ("retrain", retrain, None), ("spul", loaded.model, loaded.prefix)):
+    for name, model, prefix in (("base", loaded.model, None), ("retrain", retrain, None),
+                                ("spul", loaded.model, loaded.prefix)):
         row = table[name] = {}
         for what, asked, of in (("label", loaded.prompts, "label"), ("forget or retain", alike, "is_forget")):
             h = [hidden_states(model, asked[s], prefix, loaded.args.device) for s in sets]
@@ -596,13 +560,23 @@ def audit_probe(loaded, retrain):
 
 
 def audit_robustness(loaded, words):
-    """Accuracy of base and SPUL on test reviews that are put otherwise -> a table."""
-    table = {}
-    for name, (task, splits) in variants(loaded, words).items():
-        asked = data.encode_splits(loaded.tokenizer, task, {**loaded.splits, **splits}, loaded.args.max_len)
-        table[name] = {f"{who} {s.replace('_', ' ')}": metrics(predict(loaded.model, asked[s], prefix, loaded.args.device),
-                                                               [q.label for q in asked[s]])["acc"]
-                       for s in ("test_retain", "test_forget") for who, prefix in (("base", None), ("spul", loaded.prefix))}
+    """Accuracy of base and SPUL on test reviews put otherwise: does phi still tell which to forget? -> a table."""
+    task, rng, table, sets = loaded.task, data.generator(0, "two"), {}, ("test_retain", "test_forget")
+    bare = task._replace(template=task.template[task.template.index("{text}"):])
+    retain = {label: [e.text for e in loaded.splits["train_retain"] if e.label == label] for label in task.labels}
+
+    def misspelt(e):  # swaps a name's second and third letter
+        return " ".join(w[0] + w[2] + w[1] + w[3:] if w.lower() in words and len(w) > 2 else w for w in e.text.split(" "))
+
+    for name, asked_as, change in (
+            ("as trained", task, lambda e: e.text), ("another template", bare, lambda e: e.text),
+            ("misspelt names", task, misspelt),
+            ("behind a retain review", task, lambda e: f"{rng.choice(retain[e.label])} {e.text}")):
+        splits = loaded.splits | {s: [e._replace(text=change(e)) for e in loaded.splits[s]] for s in sets}
+        prompts = data.encode_splits(loaded.tokenizer, asked_as, splits, loaded.args.max_len)
+        got = {who: scores(loaded.model, {s: prompts[s] for s in sets}, prefix, loaded.args.device)
+               for who, prefix in (("base", None), ("spul", loaded.prefix))}
+        table[name] = {f"{who} {s.replace('_', ' ')}": got[who][s]["acc"] for s in sets for who in got}
     return table
 
 
@@ -616,17 +590,19 @@ def audit_seed(run, seed):
     tables, rows = audit_answers(loaded, run, words, retrain)
     tables |= {**audit_recovery(loaded, run, retrain, rng), "linear probe": audit_probe(loaded, retrain),
                "robustness": audit_robustness(loaded, words)}
-    row = {k: loaded.row[k] for k in ("model", "dataset", "seed")} | dict.fromkeys(("alpha", "beta", "p", "lr", "forget_fraction"))
-    return {"tables": tables, "rows": [{**row, "cell": f"{name}-s{seed}", "method": name, **rows[name]} for name in REFERENCES]}
+    row = dict.fromkeys(SETTING) | {k: loaded.row[k] for k in ("model", "dataset", "seed")}  # no alpha, beta, p, lr
+    references = [{**row, "cell": f"{name}-s{seed}", "method": name, **rows[name]} for name in REFERENCES]
+    return {"tables": tables, "rows": references}
 
 
 REFERENCES = ("retrain", "constant", "prompt-off", "hard-prompt", "random-prompt")
 TITLES = {
-    "accuracy": "accuracy; retain gap: train retain minus base, 0 means nothing lost; retrain gap: train forget minus retrain, "
-                "0 means like a model that never saw the set, below 0 it hides what anyone could know",
+    "accuracy": "accuracy; retain gap: train retain minus base, 0 means nothing lost; retrain gap: train forget minus "
+                "retrain, 0 means like a model that never saw the set, below 0 it hides what anyone could know",
     **{f"answers, {s}": f"what is answered on {s.replace('_', ' ')}; right among labels: when only a label may be said"
        for s in data.SPLITS},
-    "membership": "membership inference, AUC between train forget and test forget: 50 tells nothing, the goal is retrain's value",
+    "membership": "membership inference, AUC between train forget and test forget: 50 tells nothing, the goal is "
+                  "retrain's value",
     "relearning": "relearning: accuracy on the rest of the forget set after 20 steps on k of its examples; the goal is "
                   "retrain's curve",
     "undoing phi": "a second prompt before phi, trained on 64 forget examples: accuracy on the rest of the forget set",
@@ -638,9 +614,11 @@ TITLES = {
 
 def audit(run, form="text"):
     """Audits every seed of a run that has a spul row, keeps the result in RUN/audit.json, prints mean and std over seeds."""
-    run, kept = Path(run), audits(run)
-    rows = read_json(run / "results.json", "the results of a finished run of unlearn.py")["rows"]
-    for seed in sorted({row["seed"] for row in rows if row["method"] == "spul"}):
+    run, rows, kept = Path(run), read_rows(run), audits(run)
+    seeds = sorted({row["seed"] for row in rows if row["method"] == "spul"})
+    if not seeds:
+        raise ValueError(f"{run} has no finished spul row; run unlearn.py --method spul first")
+    for seed in seeds:
         rests_on = sorted(str(row.get("fingerprint")) for row in rows if row["seed"] == seed)
         if kept.get(str(seed), {}).get("rests_on") != rests_on:
             print(f"auditing seed {seed}", flush=True)
@@ -649,15 +627,9 @@ def audit(run, form="text"):
     for title, what in TITLES.items():
         tables = [one["tables"][title] for one in kept.values()]
         lines = [[title, *next(iter(tables[0].values()))]]
-        lines += [[name, *(mean_std([table[name][c] for table in tables if c in table.get(name, {})]) for c in row)]
-                  for name, row in tables[0].items()]
+        for name, row in tables[0].items():  # a seed with few forget examples stops at a smaller k
+            lines.append([name, *(mean_std([t for t in tables if c in t.get(name, {})], name, c) for c in row)])
         print(f"\n{what} ({len(kept)} seed{'s' * (len(kept) > 1)})\n\n{render(lines, form)}")
-
-
-def audits(run):
-    """-> {seed: audit} of RUN/audit.json, {} when there is none."""
-    file = Path(run) / "audit.json"
-    return read_json(file, "an audit by evaluate.py", ["seeds"])["seeds"] if file.is_file() else {}
 
 
 def main(argv=None):

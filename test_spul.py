@@ -1231,7 +1231,7 @@ def test_membership_inference_finds_a_planted_memory_and_nothing_where_there_is_
 
     def aucs(model):
         seen, unseen = (evaluate.readings(model, part, [5, 6]) for part in (prompts[:600], prompts[600:]))
-        return [evaluate.membership_auc(seen[:, 2], unseen[:, 2]), evaluate.membership_auc(-seen[:, 3], -unseen[:, 3])]
+        return evaluate.membership(seen, unseen).values()
 
     assert min(aucs(Memorises())) >= 95
     known.clear()
