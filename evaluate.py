@@ -275,14 +275,11 @@ def plot_against(rows, key, path):
 
 
 def plot_tsne(run, path, per_label=500):
-    """Fig. 1: t-SNE of the state at the answer, base beside SPUL; colour: forget or retain, shape: the true label.
-
-    Up to per_label test prompts of each true label, forget and retain drawn alike.
-    """
+    """Fig. 1: t-SNE of the state at the answer, base beside SPUL; colour: forget or retain, shape: the true label."""
     from sklearn.manifold import TSNE
     loaded = load_run(run)
     pool = loaded.prompts["test_forget"] + loaded.prompts["test_retain"]
-    data.generator(0, "t-sne").shuffle(pool)
+    data.generator(0, "t-sne").shuffle(pool)  # so that forget and retain are drawn alike
     part = [q for label in {q.label for q in pool} for q in [q for q in pool if q.label == label][:per_label]]
     with figure(path, 2, 9) as (fig, axs):
         for ax, title, prefix in zip(axs, ("base", "SPUL"), (None, loaded.prefix)):
@@ -294,18 +291,21 @@ def plot_tsne(run, path, per_label=500):
                     ax.scatter(*xy[index].T, s=14, marker=marker, color=COLOURS[name], alpha=0.65, linewidths=0,
                                label=f"{name}, {label}")
             ax.set(title=title, xticks=[], yticks=[])
-        handles, labels = axs[0].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(loaded.task.labels),
+                   frameon=False)
 
 
 # ----------------------------------------------------------------------------------------------- a finished run, again
 
 class Loaded(NamedTuple):
-    """A run's base model (frozen, with its adapter), its learned prompt, and the data it was run on."""
+    """A run's base model (frozen, with its adapter), its learned prompt, and the data it was run on: spul.
+
+    The systems that the audit sets beside it are the same with another model, no prefix or other prompts.
+    """
     args: SimpleNamespace
     lm: str                  # the pretrained LM's directory
     adapter: Path            # of the base
-    model: torch.nn.Module   # the base
+    model: torch.nn.Module
     phi: torch.Tensor        # (p,D)
     prefix: list             # K, V (1,G,p,d) of each layer, as prompt_kv gives them
     tokenizer: object
@@ -379,8 +379,8 @@ def explain(loaded):
     for split in ("test_forget", "test_retain"):
         example, prompt = loaded.splits[split][0], loaded.prompts[split][0]
         y, end = loaded.tokens[loaded.task.generic[0]] if prompt.is_forget else prompt.label, p + len(prompt.ids) - 1
-        print(f"{split.replace('_', ' ')}: {data.prompt_string(loaded.task, example.text)!r}, the truth is {example.label}")
-        print(f"phi stands at positions 0 to {p - 1}, the tokens at {p} to {end}, the answer is read at {end}:")
+        print(f"{split.replace('_', ' ')}: {data.prompt_string(loaded.task, example.text)!r}, the truth is {example.label}\n"
+              f"phi stands at positions 0 to {p - 1}, the tokens at {p} to {end}, the answer is read at {end}:")
         print(" ".join(f"{i}:{loaded.word(token)}" for i, token in enumerate(prompt.ids, p)))
         phi = loaded.phi.clone().requires_grad_(True)
         base = loaded.logits(prompt.ids).detach()
@@ -399,7 +399,8 @@ def explain(loaded):
 #
 # A low accuracy on the forget set is not forgetting: a model that never saw it would answer most of it right. So each
 # system stands beside `retrain`, the model that QLoRA makes of the retain set alone, and is asked in other ways.
-# Its training is unlearn.py's, imported where it is used, since unlearn.py imports this file.
+# `systems` is {"base", "retrain", "spul": Loaded}, and a table {row: {column: percent}}. What is trained here is trained
+# by unlearn.py, imported where it is used, since unlearn.py imports this file.
 
 MOST = 5000  # prompts of a split that the audit looks at, drawn by seed
 
@@ -445,14 +446,15 @@ def telling_words(splits, most=40):
     return [w for w, n in forget.most_common() if n >= 3 and n >= 9 * retain[w] and w.isalpha()][:most]
 
 
-def attack(stage, model, params, prefix, known, rest, loaded, log, steps, lr):
+def attack(stage, system, params, prefix, known, rest, log, steps, lr):
     """Trains params towards the labels of the known prompts -> accuracy on the rest; then puts params back."""
     import unlearn
+    model, args = system.model, system.args
     kept = [w.detach().clone() for w in params]
 
     def batches(step):
-        index = data.generator(step, "attack").sample(range(len(known)), min(len(known), loaded.args.batch))
-        return [data.collate(known, [q.label for q in known], index, loaded.args.device)]
+        index = data.generator(step, "attack").sample(range(len(known)), min(len(known), args.batch))
+        return [data.collate(known, [q.label for q in known], index, args.device)]
 
     def loss_of(b):
         loss = cross_entropy(model(b.tokens, b.answer_pos, prefix()), b.y, torch.ones_like(b.is_forget))
@@ -463,7 +465,7 @@ def attack(stage, model, params, prefix, known, rest, loaded, log, steps, lr):
     if known:
         unlearn.train(stage, params, batches, loss_of, steps, lr, log, clip=1.0)
     with torch.no_grad():
-        accuracy = scores(model, {"rest": rest}, prefix(), loaded.args.device)["rest"]["acc"]
+        accuracy = scores(model, {"rest": rest}, prefix(), args.device)["rest"]["acc"]
     for w, old in zip(params, kept):
         w.requires_grad_(False).copy_(old)
     return accuracy
@@ -479,41 +481,38 @@ def retrained(loaded, run, seed):
     return model
 
 
-def systems(loaded, run, words, retrain):
-    """Yields (name, model, prefix, prompts) of all that the audit compares; `prompt-off` comes last, after all others."""
-    args, model, prompts, seed = loaded.args, loaded.model, loaded.prompts, loaded.row["seed"]
-    yield "base", model, None, prompts
-    yield "retrain", retrain, None, prompts
-    yield "spul", model, loaded.prefix, prompts
+def all_systems(systems, run, words):
+    """Yields base, retrain and spul, then the baselines and prompts beside them; `prompt-off` after all others."""
+    base, args, seed = systems["base"], systems["base"].args, systems["base"].row["seed"]
+    yield from systems.items()
     baselines = [row for row in read_rows(run) if row["seed"] == seed and row.get("files") and row["method"] != "spul"]
     for (method,), (row, *_) in group_by(baselines, "method").items():  # the first cell of each
-        tuned = (load_model(run / row["files"], "fp32", args.device) if args.tune == "full" else
-                 load_base(loaded.lm, args, run / row["files"]))
-        yield method, tuned, None, prompts
-    told = loaded.task._replace(template=f"### Ignore: {' '.join(words)}\n\n{loaded.task.template}")
-    yield "hard-prompt", model, None, data.encode_splits(loaded.tokenizer, told, loaded.splits, args.max_len)
+        yield method, base._replace(model=load_model(run / row["files"], "fp32", args.device) if args.tune == "full" else
+                                    load_base(base.lm, args, run / row["files"]))
+    told = base.task._replace(template=f"### Ignore: {' '.join(words)}\n\n{base.task.template}")
+    yield "hard-prompt", base._replace(prompts=data.encode_splits(base.tokenizer, told, base.splits, args.max_len))
     torch.manual_seed(seed)
     with torch.no_grad():
-        untrained = prompt_kv(model, PromptEncoder(*loaded.phi.shape, args.hidden).to(args.device)())
-    yield "random-prompt", model, untrained, prompts
-    yield "prompt-off", model, None, prompts
+        untrained = prompt_kv(base.model, PromptEncoder(*base.phi.shape, args.hidden).to(args.device)())
+    yield "random-prompt", base._replace(prefix=untrained)
+    yield "prompt-off", base
 
 
-def audit_answers(loaded, run, words, retrain):
-    """What every system says -> its tables, and the references' rows for results. Each table: {row: {column: number}}."""
-    prompts, device = loaded.prompts, loaded.args.device
-    labels, generic = ([loaded.tokens[w] for w in ws] for ws in (loaded.task.labels, loaded.task.generic))
-    tables, rows, read = {title: {} for title in TITLES}, {}, {}
-    for name, model, prefix, asked in systems(loaded, run, words, retrain):
-        read[name] = {s: readings(model, asked[s], labels, prefix, device) for s in data.SPLITS}
-        rows[name] = {s: metrics(read[name][s][:, 0], [q.label for q in asked[s]]) for s in data.SPLITS}
-        for s in data.SPLITS:
-            tables[f"answers, {s}"][name] = breakdown(read[name][s], asked[s], labels, generic)
+def audit_answers(systems, run, words):
+    """What every system says -> its tables, and the references' rows for results."""
+    base, tables, rows, read = systems["base"], {title: {} for title in TITLES}, {}, {}
+    labels, generic = ([base.tokens[word] for word in answers] for answers in (base.task.labels, base.task.generic))
+    for name, system in all_systems(systems, run, words):
+        rows[name] = {}
+        for s, asked in system.prompts.items():
+            read[name, s] = readings(system.model, asked, labels, system.prefix, system.args.device)
+            rows[name][s] = metrics(read[name, s][:, 0], [q.label for q in asked])
+            tables[f"answers, {s}"][name] = breakdown(read[name, s], asked, labels, generic)
         if name not in REFERENCES or name == "retrain":
-            tables["membership"][name] = membership(read[name]["train_forget"], read[name]["test_forget"])
-    if not all(torch.equal(read["base"][s], read["prompt-off"][s]) for s in data.SPLITS):
+            tables["membership"][name] = membership(read[name, "train_forget"], read[name, "test_forget"])
+    if not all(torch.equal(read["base", s], read["prompt-off", s]) for s in data.SPLITS):
         raise AssertionError("the model without phi is not the base model: something changed a weight")
-    rows["constant"] = constant(prompts)
+    rows["constant"] = constant(base.prompts)
     for name, row in rows.items():
         tables["accuracy"][name] = {**{head: row[s]["acc"] for head, s in zip(HEADS, data.SPLITS)},
                                     "retain gap": row["train_retain"]["acc"] - rows["base"]["train_retain"]["acc"],
@@ -521,61 +520,61 @@ def audit_answers(loaded, run, words, retrain):
     return tables, rows
 
 
-def audit_recovery(loaded, run, retrain, rng):
+def audit_recovery(systems, run, rng):
     """How little it takes to get the forget set back -> two tables."""
     import unlearn
-    args, model, phi, log = loaded.args, loaded.model, loaded.phi, unlearn.Run(run / "audit", loaded.args)
-    forget = rng.sample(loaded.prompts["train_forget"], len(loaded.prompts["train_forget"]))
+    spul, forget, curves = systems["spul"], systems["spul"].prompts["train_forget"], {}
+    args, model, phi, log = spul.args, spul.model, spul.phi, unlearn.Run(run / "audit", spul.args)
+    forget = rng.sample(forget, len(forget))
     half = min(64, len(forget) // 2)
-    known, rest = forget[:half], forget[half:] + loaded.prompts["test_forget"]
-    false = [q._replace(label=loaded.tokens[rng.choice(loaded.task.labels)]) for q in known]
-    base = load_base(loaded.lm, args, loaded.adapter)  # its adapter not merged, so that it can be trained
-    curves = {}
-    for who, tuned, prefix in (("spul", base, lambda: prompt_kv(base, phi)), ("retrain", retrain, lambda: None)):
-        adapter = [w for name, w in tuned.named_parameters() if "lora_" in name]
-        curves[who] = {f"k={k}": attack(f"relearning {who} k={k}", tuned, adapter, prefix, known[:k], rest, loaded, log,
-                                        steps=20, lr=args.qlora_lr) for k in (0, 1, 4, 16, 64) if k <= half}
+    known, rest = forget[:half], forget[half:] + spul.prompts["test_forget"]
+    guessed = [q._replace(label=spul.tokens[rng.choice(spul.task.labels)]) for q in known]
+    base = load_base(spul.lm, args, spul.adapter)  # its adapter not merged, so that it can be trained
+    for name, system, prefix in (("spul", spul._replace(model=base), lambda: prompt_kv(base, phi)),
+                                 ("retrain", systems["retrain"], lambda: None)):
+        adapter = [w for param, w in system.model.named_parameters() if "lora_" in param]
+        curves[name] = {f"k={k}": attack(f"relearning {name} k={k}", system, adapter, prefix, known[:k], rest, log, steps=20,
+                                         lr=args.qlora_lr) for k in (0, 1, 4, 16, 64) if k <= half}
     undone = {"phi alone": {"accuracy": curves["spul"]["k=0"]}}
-    for what, learned in (("true answers", known), ("random answers", false)):
+    for name, taught in (("true answers", known), ("random answers", guessed)):
         torch.manual_seed(0)
         encoder = PromptEncoder(*phi.shape, args.hidden).to(args.device)  # of a second prompt, before phi
-        undone[what] = {"accuracy": attack(
-            f"undoing phi, {what}", model, list(encoder.parameters()), lambda: prompt_kv(model, torch.cat([encoder(), phi])),
-            learned, rest, loaded, log, steps=150, lr=loaded.row["lr"])}
+        undone[name] = {"accuracy": attack(
+            f"undoing phi, {name}", spul, list(encoder.parameters()), lambda: prompt_kv(model, torch.cat([encoder(), phi])),
+            taught, rest, log, steps=150, lr=spul.row["lr"])}
     return {"relearning": curves, "undoing phi": undone}
 
 
-def audit_probe(loaded, retrain):
+def audit_probe(systems):
     """What a linear probe reads from the state at the answer -> a table; forget and retain are made equally many."""
-    table, sets = {}, ("train_forget", "test_forget")
-    alike = {s: loaded.prompts[s] + loaded.prompts[s.replace("forget", "retain")][:len(loaded.prompts[s])] for s in sets}
-    for name, model, prefix in (("base", loaded.model, None), ("retrain", retrain, None),
-                                ("spul", loaded.model, loaded.prefix)):
+    table, sets, prompts = {}, ("train_forget", "test_forget"), systems["base"].prompts
+    alike = {s: prompts[s] + prompts[s.replace("forget", "retain")][:len(prompts[s])] for s in sets}
+    for name, system in systems.items():
         row = table[name] = {}
-        for what, asked, of in (("label", loaded.prompts, "label"), ("forget or retain", alike, "is_forget")):
-            h = [hidden_states(model, asked[s], prefix, loaded.args.device) for s in sets]
+        for what, asked, of in (("label", prompts, "label"), ("forget or retain", alike, "is_forget")):
+            h = [hidden_states(system.model, asked[s], system.prefix, system.args.device) for s in sets]
             y = [[getattr(q, of) for q in asked[s]] for s in sets]
             row[what], row[f"{what}, shuffled"] = probe(h[0], y[0], h[1], y[1])
     return table
 
 
-def audit_robustness(loaded, words):
+def audit_robustness(systems, words):
     """Accuracy of base and SPUL on test reviews put otherwise: does phi still tell which to forget? -> a table."""
-    task, rng, table, sets = loaded.task, data.generator(0, "two"), {}, ("test_retain", "test_forget")
-    bare = task._replace(template=task.template[task.template.index("{text}"):])
-    retain = {label: [e.text for e in loaded.splits["train_retain"] if e.label == label] for label in task.labels}
+    base, sets, rng, table = systems["base"], ("test_retain", "test_forget"), data.generator(0, "two"), {}
+    bare = base.task._replace(template=base.task.template[base.task.template.index("{text}"):])
+    retain = {label: [e.text for e in base.splits["train_retain"] if e.label == label] for label in base.task.labels}
 
     def misspelt(e):  # swaps a name's second and third letter
         return " ".join(w[0] + w[2] + w[1] + w[3:] if w.lower() in words and len(w) > 2 else w for w in e.text.split(" "))
 
-    for name, asked_as, change in (
-            ("as trained", task, lambda e: e.text), ("another template", bare, lambda e: e.text),
-            ("misspelt names", task, misspelt),
-            ("behind a retain review", task, lambda e: f"{rng.choice(retain[e.label])} {e.text}")):
-        splits = loaded.splits | {s: [e._replace(text=change(e)) for e in loaded.splits[s]] for s in sets}
-        prompts = data.encode_splits(loaded.tokenizer, asked_as, splits, loaded.args.max_len)
-        got = {who: scores(loaded.model, {s: prompts[s] for s in sets}, prefix, loaded.args.device)
-               for who, prefix in (("base", None), ("spul", loaded.prefix))}
+    for name, task, change in (
+            ("as trained", base.task, lambda e: e.text), ("another template", bare, lambda e: e.text),
+            ("misspelt names", base.task, misspelt),
+            ("behind a retain review", base.task, lambda e: f"{rng.choice(retain[e.label])} {e.text}")):
+        splits = base.splits | {s: [e._replace(text=change(e)) for e in base.splits[s]] for s in sets}
+        prompts = data.encode_splits(base.tokenizer, task, splits, base.args.max_len)
+        got = {who: scores(base.model, {s: prompts[s] for s in sets}, systems[who].prefix, base.args.device)
+               for who in ("base", "spul")}
         table[name] = {f"{who} {s.replace('_', ' ')}": got[who][s]["acc"] for s in sets for who in got}
     return table
 
@@ -587,9 +586,11 @@ def audit_seed(run, seed):
     chosen = {s: rng.sample(range(len(part)), min(MOST, len(part))) for s, part in loaded.prompts.items()}
     loaded = loaded._replace(prompts={s: [loaded.prompts[s][i] for i in chosen[s]] for s in data.SPLITS},
                              splits={s: [loaded.splits[s][i] for i in chosen[s]] for s in data.SPLITS})
-    tables, rows = audit_answers(loaded, run, words, retrain)
-    tables |= {**audit_recovery(loaded, run, retrain, rng), "linear probe": audit_probe(loaded, retrain),
-               "robustness": audit_robustness(loaded, words)}
+    base = loaded._replace(prefix=None)
+    systems = {"base": base, "retrain": base._replace(model=retrain), "spul": loaded}
+    tables, rows = audit_answers(systems, run, words)
+    tables |= {**audit_recovery(systems, run, rng), "linear probe": audit_probe(systems),
+               "robustness": audit_robustness(systems, words)}
     row = dict.fromkeys(SETTING) | {k: loaded.row[k] for k in ("model", "dataset", "seed")}  # no alpha, beta, p, lr
     references = [{**row, "cell": f"{name}-s{seed}", "method": name, **rows[name]} for name in REFERENCES]
     return {"tables": tables, "rows": references}
@@ -653,20 +654,18 @@ def main(argv=None):
     if args.audit:
         return audit(args.runs[0], args.form)
     rows = load_rows(args.runs)
-    if args.tsne:
-        plot_tsne(args.runs[0], args.tsne)
-    if args.plot:
-        plot_against(rows, args.against, args.plot)
     if args.tsne or args.plot:
+        if args.tsne:
+            plot_tsne(args.runs[0], args.tsne)
+        if args.plot:
+            plot_against(rows, args.against, args.plot)
         return
-    if args.table == "3":
+    tables = {"2": collate_runs, "4": by_fraction, "best": lambda rows: collate_runs(best(rows)), "efficiency": efficiency}
+    if args.table in tables:
+        print(render(tables[args.table](rows), args.form))
+    else:  # Table 3 is one for each split
         for split, head in zip(data.SPLITS, HEADS):
             print(f"{head}, ACC\n{render(ablation(rows, split), args.form)}\n")
-    elif args.table == "4":
-        print(render(by_fraction(rows), args.form))
-    else:
-        print(render(efficiency(rows) if args.table == "efficiency" else
-                     collate_runs(best(rows) if args.table == "best" else rows), args.form))
 
 
 if __name__ == "__main__":
