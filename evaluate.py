@@ -38,7 +38,7 @@ def my_share(n):
 
 
 @torch.no_grad()
-def _over_batches(read, prompts, device, batch=256):
+def _over_batches(read, prompts, device, batch=64):
     """read(Batch) -> (B,...) for all prompts, equally long ones together -> (n,...) in the prompts' order.
 
     Each of several processes reads its share, and the sum puts the shares together; what is too little to share, each reads.
