@@ -5,7 +5,9 @@
 In reading order: tokenizers, tasks and their prompts, batches, the toy corpus, the real datasets.
 """
 import argparse
+import csv
 import functools
+import io
 import json
 import random
 import re
@@ -66,10 +68,9 @@ BYTE_LETTER = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enum
 
 def gpt2_words(text):
     """The words of a text by GPT-2's rule. re knows no \\p{L} nor \\p{N}, so "étoiles²" is cut where "xtoiles0" would be."""
-    def stand_in(character):
-        return {"L": "x", "N": "0", "Z": "\t"}.get(unicodedata.category(character[0])[0], "!")
-
-    plain = re.sub(r"[^\x00-\x7f]", stand_in, text.replace("\x85", "\t"))  # U+0085 is a space too, though not of class Z
+    stand_in = {"L": "x", "N": "0", "Z": "\t"}
+    plain = re.sub(r"[^\x00-\x7f]", lambda c: stand_in.get(unicodedata.category(c[0])[0], "!"),
+                   text.replace("\x85", "\t"))  # U+0085 is a space too, though not of class Z
     return [text[word.start():word.end()] for word in GPT2_WORD.finditer(plain)]
 
 
@@ -77,20 +78,17 @@ class OPTTokenizer:
     """OPT's byte-level BPE (vocab.json, merges.txt). encode(text) -> ids, </s> (id 2) first."""
 
     def __init__(self, dir):
-        self.ids = read_json(dir / "vocab.json", "OPT's byte-level BPE")
-        lines = [line for _, line in lines_of(dir / "merges.txt") if line.strip() and not line.startswith("#version")]
-        merges = [tuple(line.split()) for line in lines]
-        for token in ("</s>", *BYTE_LETTER.values(), *("".join(merge) for merge in merges)):
-            if token not in self.ids:
-                raise ValueError(f"{dir}: vocab.json lacks the token {token!r}; does it belong to merges.txt?")
+        merges = [tuple(line.split()) for _, line in lines_of(dir / "merges.txt") if not line.startswith("#version")]
+        tokens = ["</s>", *BYTE_LETTER.values(), *map("".join, merges)]
+        self.ids = read_json(dir / "vocab.json", "OPT's byte-level BPE, whose merges are in merges.txt", tokens)
         for token, i in self.ids.items():
             if type(i) is not int or not 0 <= i < 2 ** 24:
                 raise ValueError(f"{dir}: vocab.json numbers the token {token!r} {i!r:.40}; expected a whole number from 0")
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.size, self.names = max(self.ids.values()) + 1, {i: t for t, i in self.ids.items()}
-        self.word = functools.lru_cache(2 ** 16)(self._word)
 
-    def _word(self, word):
+    @functools.lru_cache(2 ** 16)
+    def word(self, word):
         """The byte-pair merges: of all neighbours, always join the pair that merges.txt names first -> ids."""
         parts = [BYTE_LETTER[b] for b in word.encode("utf-8")]
         while len(parts) > 1:
@@ -140,23 +138,17 @@ SPACES = "\u2581\u0120 "  # what sentencepiece and byte-level BPE write for the 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 
 
+def divide(train, test):
+    """Lists of (example, is it to be forgotten) -> {split: [example]}."""
+    return {split: [example for example, is_forget in (train if "train" in split else test)
+                    if is_forget == ("forget" in split)] for split in SPLITS}
+
+
 class Prompt(NamedTuple):
     """ids: the prompt up to the answer, which is read at its last token; label: the token of the true answer."""
     ids: list
     label: int
     is_forget: bool
-
-
-def label_tokens(tokenizer, task, text):
-    """-> {label: token} for the task's labels and generic labels. ValueError for a label that is not one token."""
-    # the tokenizer sees template and label as one string; the answer is what the string without the label lacks
-    prompt, tokens = tokenizer.encode(prompt_string(task, text)), {}
-    for label in (*task.labels, *task.generic):
-        *before, tokens[label] = tokenizer.encode(task.template.format(text=text, label=label))
-        if before != prompt:
-            raise ValueError(f"label {label!r} is {len(before) + 1 - len(prompt)} tokens here; expected one: choose other "
-                             "words with --labels and --generic")
-    return tokens
 
 
 def task_of(args):
@@ -170,6 +162,18 @@ def task_of(args):
 def prompt_string(task, text):
     """The template with the text, up to the answer."""
     return task.template.partition("{label}")[0].format(text=text).rstrip(" ")
+
+
+def label_tokens(tokenizer, task, text):
+    """-> {label: token} for the task's labels and generic labels. ValueError for a label that is not one token."""
+    # the tokenizer sees template and label as one string; the answer is what the string without the label lacks
+    prompt, tokens = tokenizer.encode(prompt_string(task, text)), {}
+    for label in (*task.labels, *task.generic):
+        *before, tokens[label] = tokenizer.encode(task.template.format(text=text, label=label))
+        if before != prompt:
+            raise ValueError(f"label {label!r} is {len(before) + 1 - len(prompt)} tokens here; expected one: choose other "
+                             "words with --labels and --generic")
+    return tokens
 
 
 def encode_prompt(tokenizer, task, text, max_len):
@@ -220,8 +224,7 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
     one forget example. N > 0 passes over the retain set once and adds N forget examples to each batch, in turn.
     The texts of a batch are about equally long: little padding, and still random.
     """
-    forget = [i for i, prompt in enumerate(prompts) if prompt.is_forget]
-    once = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
+    forget, once = ([i for i, prompt in enumerate(prompts) if prompt.is_forget == part] for part in (True, False))
     if not forget_per_batch or not forget or not once:
         once, forget_per_batch = list(range(len(prompts))), 0
     once, size, cut, queue = rng.sample(once, len(once)), batch - forget_per_batch, [], []
@@ -265,12 +268,9 @@ def toy_splits(data_dir, seed, notes, train=2800, test=1200, persons=4):
     """The seed draws whom to forget: nothing about them is known when the LM is pretrained."""
     rng = generator(seed, "toy")
     chosen = rng.sample(PERSONS, persons)
-    splits = {name: [] for name in SPLITS}
-    for i in range(train + test):
-        example, person = toy_review(rng)
-        splits[f"{'train' if i < train else 'test'}_{'forget' if person in chosen else 'retain'}"].append(example)
     notes.append(f"forgotten: {', '.join(chosen)}, {persons} of the {len(PERSONS)} persons")
-    return splits
+    pairs = [(example, person in chosen) for example, person in (toy_review(rng) for _ in range(train + test))]
+    return divide(pairs[:train], pairs[train:])
 
 
 # ------------------------------------------------------------------------------------------ pretraining the embedded LM
@@ -322,14 +322,11 @@ def pretraining_batches(tokenizer, corpus, names, rng, batch, lists, text_weight
     corpus: [(Example, person or None)]. The questions of twenty batches are sorted by length before they are cut: half
     the padding. Every batch holds both kinds: without that, the toy LM stopped at a loss of 0.8 in place of 0.3.
     """
-    named = [(example, person) for example, person in corpus if person]
-    n_lists = round(lists * batch)
+    named, n_lists = [pair for pair in corpus if pair[1]], round(lists * batch)
     n_questions = batch - n_lists
     while True:
-        questions = []
-        for _ in range(20 * n_questions):
-            example, person = rng.choice(named if rng.random() < 0.4 else corpus)
-            questions.append(encode_segments(tokenizer, opinion_question(rng, example, person, names, text_weight)))
+        drawn = (rng.choice(named if rng.random() < 0.4 else corpus) for _ in range(20 * n_questions))
+        questions = [encode_segments(tokenizer, opinion_question(rng, *pair, names, text_weight)) for pair in drawn]
         questions.sort(key=lambda row: len(row[0]))
         for k in rng.sample(range(20), 20):
             part = questions[k * n_questions:(k + 1) * n_questions]
@@ -366,52 +363,70 @@ def pretraining_words():
 
 # ---------------------------------------------------------------------- reading rows, and saying what is wrong with one
 
-def bad_row(path, line, found, expected):
-    """The error of one line for a malformed row: 'sst2/train.tsv line 3: FOUND; expected EXPECTED'."""
-    path = Path(path).absolute()
-    unit = "row" if path.suffix == ".parquet" else "line"
-    return ValueError(f"{path.parent.name}/{path.name} {unit} {line}: {found}; expected {expected}")
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+JSON_FORM = "a list of objects (.json), or one object per line (.jsonl)"
 
 
 def find_file(data_dir, stem):
-    """The one file data_dir/stem.SUFFIX; FileNotFoundError when there is none, ValueError when there are several."""
+    """The one file data_dir/stem.SUFFIX, or FileNotFoundError."""
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"no directory {data_dir}; expected one that holds {stem}.*")
-    found = [path for path in (Path(data_dir) / (stem + suffix) for suffix in SUFFIXES) if path.is_file()]
-    if not found:
-        raise FileNotFoundError(f"no {stem} file in {data_dir}; expected {stem} and one of {' '.join(SUFFIXES)}")
-    if len(found) > 1:
-        raise ValueError(f"{' and '.join(path.name for path in found)} are in {data_dir}; keep one of them")
+    found = [path for suffix in SUFFIXES if (path := Path(data_dir, stem + suffix)).is_file()]
+    if len(found) != 1:
+        names = " and ".join(path.name for path in found) or f"no {stem} file"
+        raise FileNotFoundError(f"{names} in {data_dir}; expected one {stem} file, of {' '.join(SUFFIXES)}")
     return found[0]
 
 
+def bad_row(path, line, problem):
+    """The error of one line for a malformed row: 'sst2/train.tsv line 3: FOUND; expected EXPECTED'."""
+    unit = "row" if path.suffix == ".parquet" else "line"
+    return ValueError(f"{path.absolute().parent.name}/{path.name} {unit} {line}: {problem}")
+
+
+def read_text(path):
+    """The text of a file in UTF-8, its line ends as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raw, at = error.object, error.start
+        raise bad_row(path, 1 + raw.count(b"\n", 0, at), f"byte 0x{raw[at]:02x} is not UTF-8; expected UTF-8 text") from None
+
+
 def lines_of(path):
-    """Yields (line number, line). Only a newline ends a line: texts may hold U+2028 and its like."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise bad_row(path, number, f"byte 0x{line[error.start]:02x} is not UTF-8", "UTF-8 text") from None
-
-
-# A field of RFC 4180, quoted or plain, and what ends it: nothing, where quotes are broken. csv.reader lets `he "said"` pass.
-CSV_FIELD = re.compile(r'(?!\Z)(?:"([^"]*(?:""[^"]*)*)"|([^",\r\n]*))(,|\r?\n|)')
+    """[(line number, line)] without blank lines. Only a newline ends a line: texts may hold U+2028 and its like."""
+    return [(i, line.rstrip("\r")) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
 def read_csv(path):
-    """RFC 4180 -> (line it starts on, fields) of each record; broken quotes are a ValueError, never half-read."""
-    line, newlines, fields = 1, 0, []
-    for field in CSV_FIELD.finditer("".join(text for _, text in lines_of(path)) + "\n"):
-        quoted, plain, end = field.groups("")
-        if not end:
-            raise bad_row(path, line, "broken quotes", 'a field like "a ""quoted"" word"')
-        fields.append(quoted.replace('""', '"') or plain)
-        newlines += quoted.count("\n")
-        if end != ",":
-            if len(fields) > 1 or field[0] != end:  # no blank line
+    """Yields (line it starts on, fields) of each record (RFC 4180); broken quotes are an error, never half-read."""
+    lines, line = list(io.StringIO(read_text(path))), 1  # StringIO: only a newline ends a line
+    csv.field_size_limit(2 ** 31 - 1)  # a text may be longer than 128 KiB
+    records = csv.reader(lines, strict=True)
+    try:
+        for fields in records:
+            record = "".join(lines[line - 1:records.line_num])
+            if any(field.replace('"', '""') not in record for field in fields):
+                raise csv.Error("not doubled")  # which csv.reader lets pass outside of quotes: he "said"
+            if fields:  # no blank line
                 yield line, fields
-            line, newlines, fields = line + newlines + 1, 0, []
+            line = records.line_num + 1
+    except csv.Error as error:
+        raise bad_row(path, line, f'broken quotes ({error}); expected a field like "a ""quoted"" word"') from None
+
+
+def read_table(path, columns, header):
+    """Yields (line, dict column -> field) of each row of a .csv, or of a .tsv, where quotes are characters (GLUE)."""
+    records, mark = read_csv(path), ","
+    if path.suffix == ".tsv":
+        records, mark = ((line, text.split("\t")) for line, text in lines_of(path)), "<TAB>"
+    line, names = next(records, (1, columns)) if header else (1, columns)
+    if any(names.count(column) != 1 for column in columns):
+        raise bad_row(path, line, f"header {mark.join(names)!r:.80}; expected {mark.join(columns)!r}")
+    for line, fields in records:
+        if len(fields) != len(names):
+            raise bad_row(path, line, f"{len(fields)} columns; expected {len(names)}, {mark.join(names)!r}")
+        yield line, dict(zip(names, fields))
 
 
 def parse_json(path, line, text):
@@ -419,89 +434,70 @@ def parse_json(path, line, text):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        form = "one object per line" if path.suffix == ".jsonl" else "a list of objects (one object per line is .jsonl)"
-        raise bad_row(path, line + getattr(error, "lineno", 1) - 1, f"not JSON ({error})", form) from None
+        line += getattr(error, "lineno", 1) - 1
+        raise bad_row(path, line, f"not JSON ({error}); expected {JSON_FORM}") from None
 
 
 def read_json_list(path):
-    """A JSON list of objects -> (line it starts on, object)."""
-    text = "".join(line for _, line in lines_of(path))
-    items = parse_json(path, 1, text)
-    if not isinstance(items, list):
-        raise bad_row(path, 1, f"a JSON {type(items).__name__}", "a list of objects (one object per line is .jsonl)")
-    at = text.index("[") + 1
-    line, gap = 1 + text.count("\n", 0, at), re.compile(r"[\s,]*")
-    for item in items:  # each is decoded once more, for the line it starts on
-        start = gap.match(text, at).end()
-        line += text.count("\n", at, start)
-        yield line, item
-        at = json.JSONDecoder().raw_decode(text, start)[1]
-        line += text.count("\n", start, at)
-
-
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-
-
-def read_table(path, columns, header):
-    """Yields (line, dict column -> field) of each row of a .tsv (GLUE's form: no quoting) or .csv."""
-    records, mark, names = read_csv(path), ",", None if header else list(columns)
-    if path.suffix == ".tsv":
-        records, mark = ((line, text.rstrip("\r\n").split("\t")) for line, text in lines_of(path) if text.strip()), "<TAB>"
-    for line, fields in records:
-        if names is None:
-            names = fields
-            if any(names.count(column) != 1 for column in columns):
-                raise bad_row(path, line, f"header {mark.join(names)!r:.80}", f"{mark.join(columns)!r}")
-        elif len(fields) != len(names):
-            raise bad_row(path, line, f"{len(fields)} columns", f"{len(names)}, {mark.join(names)!r}")
-        else:
-            yield line, dict(zip(names, fields))
+    """Yields (line it starts on, object) of each object in the list that a .json file is."""
+    text = read_text(path)
+    rows, line, counted, end = parse_json(path, 1, text), 1, 0, text.find("[") + 1
+    if not isinstance(rows, list):
+        raise bad_row(path, 1, f"a JSON {type(rows).__name__}; expected {JSON_FORM}")
+    for row in rows:  # each is decoded once more, to know where it ends
+        start = re.compile(r"[\s,]*").match(text, end).end()
+        line, counted = line + text.count("\n", counted, start), start
+        yield line, row
+        end = json.JSONDecoder().raw_decode(text, start)[1]
 
 
 def read_rows(path, columns, header=True):
-    """Reads a .tsv, .csv, .jsonl, .json (a list) or .parquet file of rows with these columns.
+    """-> iterator of (line number from 1, dict column -> string or JSON value) over a file with one of SUFFIXES.
 
     header: a .tsv or .csv names its columns in the first row; without one it has exactly `columns`, in that order.
-    Returns a list of (line number from 1, dict column -> string or JSON value). ValueError, of one line: bad_row's.
     """
-    path = Path(path)
+    if path.suffix in (".tsv", ".csv"):
+        return read_table(path, columns, header)
     if path.suffix == ".jsonl":
-        rows = [(line, parse_json(path, line, text)) for line, text in lines_of(path) if text.strip()]
-    elif path.suffix == ".json":
-        rows = list(read_json_list(path))
-    elif path.suffix == ".parquet":
+        return ((line, parse_json(path, line, text)) for line, text in lines_of(path))
+    if path.suffix == ".json":
+        return read_json_list(path)
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{path} needs pyarrow to be read; pip install pyarrow, or save it as .jsonl") from None
+    return enumerate(parquet.read_table(path).to_pylist(), 1)
+
+
+def read_examples(path, columns, example, header=True):
+    """-> [example(row)] of the rows, which have these columns; a ValueError of `example` gets the row's file and line."""
+    examples = []
+    for line, row in read_rows(path, columns, header):
         try:
-            from pyarrow import parquet
-        except ImportError:
-            raise ValueError(f"{path} needs pyarrow to be read; pip install pyarrow, or save it as .jsonl") from None
-        rows = list(enumerate(parquet.read_table(path).to_pylist(), 1))
-    else:
-        rows = list(read_table(path, columns, header))
-    for line, row in rows:
-        if not isinstance(row, dict) or not set(columns) <= set(row):
-            found = f"keys {', '.join(row)}" if isinstance(row, dict) else f"{row!r:.40}"
-            raise bad_row(path, line, found, f"an object with the keys {', '.join(columns)}")
-    if not rows:
+            if not isinstance(row, dict) or not row.keys() >= set(columns):
+                found = list(row) if isinstance(row, dict) else row
+                raise ValueError(f"{found!r:.80}; expected an object with the keys {', '.join(columns)}")
+            examples.append(example(row))
+        except ValueError as error:
+            raise bad_row(path, line, error) from None
+    if not examples:
         raise ValueError(f"{path} has no rows; expected rows of {', '.join(columns)}")
-    return rows
+    return examples
 
 
-def text_of(path, line, row, key):
-    """row[key]: a string, not blank, without the lone surrogates ("\\ud800") that JSON allows and UTF-8 does not."""
-    text = row[key]
-    if not isinstance(text, str):
-        raise bad_row(path, line, f"{key} is {text!r:.40}", "a string")
-    if not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise bad_row(path, line, f"{key} is {'not valid Unicode' if text.strip() else 'empty'}", "a text")
-    return text
+def text_of(value, name):
+    """The value: a string, not blank, without the lone surrogates ("\\ud800") that JSON allows and UTF-8 does not."""
+    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name} is {ascii(value)[:40]}; expected a text")
+    return value
 
 
-def sentiment_of(path, line, row, labels, form):
-    """The word for a label, of which labels = (negative's, positive's)."""
+def sentiment_of(row, negative, positive):
+    """The task's word for the label of a row, which the file writes as `negative` or `positive`."""
     label = str(row["label"])
-    if label not in labels:
-        raise bad_row(path, line, f"label {label!r:.40} is not {' or '.join(labels)}", form)
-    return ("negative", "positive")[labels.index(label)]
+    if label not in (negative, positive):
+        raise ValueError(f"label {label!r:.40}; expected {negative} (negative) or {positive} (positive)")
+    return "positive" if label == positive else "negative"
 
 
 # ------------------------------------------------------------------ SST-2: forget the phrases that name certain persons
@@ -517,7 +513,8 @@ GIVEN_NAMES = set("""
     mike mira morgan nancy natalie neil nicholas nick nicolas nicole oliver patrick paul peter philip phillip quentin rachel
     ralph richard rob robert roberto robin roger roman ron russell ryan sally sam samuel sandra sara sarah scott sean simon
     spike stanley stephen steve steven stuart susan terry thomas tim todd tom tony vincent walter william woody""".split())
-TITLES, ARTICLES, POSSESSIVES = {"mr.", "mrs.", "ms.", "dr."}, {"a", "an", "the"}, {"'s", "'"}
+BEFORE_NAMES = GIVEN_NAMES | {"mr.", "mrs.", "ms.", "dr."}
+ARTICLES, POSSESSIVES = {"a", "an", "the"}, {"'s", "'"}
 FICTIONAL = {"bond", "dawson", "nickleby", "potter"}  # characters' surnames: james bond, dawson's creek, ...
 
 
@@ -529,17 +526,17 @@ def find_surnames(phrases):
     (3) rarely follows an article, as a common noun does, and (4) bears the mark of a name, a given name or title before
     it or a possessive after it, in two uses of five: fewer mean that it mostly is another word ("tom green").
     """
-    uses, marked, articles, possessive, given = Counter(), Counter(), Counter(), Counter(), defaultdict(Counter)
-    for words in phrases:
-        for before, word, after in zip(["", *words], words, [*words[1:], ""]):
-            uses[word] += 1
-            marked[word] += before in GIVEN_NAMES or before in TITLES or after in POSSESSIVES
-            articles[word] += before in ARTICLES
-            possessive[word] += after in POSSESSIVES
-            if before in GIVEN_NAMES:
-                given[word][before] += 1
+    uses = [use for words in phrases for use in zip(["", *words], words, [*words[1:], ""])]  # with what stands around it
+    times = Counter(word for _, word, _ in uses)
+    articles = Counter(word for before, word, _ in uses if before in ARTICLES)
+    possessive = Counter(word for _, word, after in uses if after in POSSESSIVES)
+    marked = Counter(word for before, word, after in uses if before in BEFORE_NAMES or after in POSSESSIVES)
+    given = defaultdict(Counter)
+    for before, word, _ in uses:
+        if before in GIVEN_NAMES:
+            given[word][before] += 1
     return {word: names for word, names in given.items() if names.total() >= 3 and possessive[word]
-            and articles[word] <= 0.15 * uses[word] and marked[word] >= 0.4 * uses[word]
+            and articles[word] <= 0.15 * times[word] and marked[word] >= 0.4 * times[word]
             and re.match(r"[^\W\d]{2}", word) and word not in FICTIONAL}
 
 
@@ -572,11 +569,9 @@ def sst2_splits(data_dir, seed, notes, forget_share=2035 / 68221):
     forget_share: of all phrases; the paper's is (1,425 + 610) / 68,221. The persons do not depend on the seed.
     Retain and forget set are split apart, floor(0.3 n) of each to test: only so the paper's counts come out.
     """
-    examples, form = [], "GLUE's SST-2 form 'sentence<TAB>label'"
-    for path in (find_file(data_dir, "train"), find_file(data_dir, "dev")):
-        for line, row in read_rows(path, ("sentence", "label")):
-            text = text_of(path, line, row, "sentence").strip()
-            examples.append(Example(text, sentiment_of(path, line, row, ("0", "1"), form)))
+    examples = [example for part in ("train", "dev") for example in read_examples(
+        find_file(data_dir, part), ("sentence", "label"),
+        lambda row: Example(text_of(row["sentence"], "sentence").strip(), sentiment_of(row, "0", "1")))]
     persons = find_persons([example.text for example in examples])
     chosen = choose_persons(persons, round(forget_share * len(examples)))
     named, splits, rng = set().union(*chosen.values()), {}, generator(seed, "split")
@@ -620,21 +615,16 @@ def embed_and_cluster(train, test, clusters, seed):
         Normalizer(),
         KMeans(clusters, n_init=10, random_state=rng.randrange(2**32)))
     of_train, of_test = cluster.fit_predict(train), cluster.predict(test)
-    words, names, top_words = cluster[0].transform(train), cluster[0].get_feature_names_out(), []  # words: (n, 20,000)
-    for c in range(clusters):
-        excess = np.asarray(words[of_train == c].mean(0) - words.mean(0)).ravel()
-        top_words.append(" ".join(names[np.argsort(-excess)[:10]]))
-    return of_train, of_test, top_words
+    words, names = cluster[0].transform(train), cluster[0].get_feature_names_out()  # (n, 20,000), (20,000,)
+    excess = [np.asarray(words[of_train == c].mean(0) - words.mean(0)).ravel() for c in range(clusters)]
+    return of_train, of_test, [" ".join(names[np.argsort(-e)[:10]]) for e in excess]
 
 
 def read_yelp(path, most, rng):
     """Yelp polarity's reviews, `most` of them at random: label 1 and 2 in its own .csv without header, else 0 and 1."""
-    official = path.suffix == ".csv"
-    form = 'Yelp polarity\'s form "1","text"' if official else "0 (negative) or 1 (positive)"
-    examples = []
-    for line, row in read_rows(path, ("label", "text"), header=not official):
-        text = text_of(path, line, row, "text").replace("\\n", "\n")
-        examples.append(Example(text, sentiment_of(path, line, row, ("1", "2") if official else ("0", "1"), form)))
+    labels, header = (("1", "2"), False) if path.suffix == ".csv" else (("0", "1"), True)
+    examples = read_examples(path, ("label", "text"), lambda row: Example(
+        text_of(row["text"], "text").replace("\\n", "\n"), sentiment_of(row, *labels)), header)
     return rng.sample(examples, min(most, len(examples)))
 
 
@@ -650,52 +640,38 @@ def yelp_splits(data_dir, seed, notes, max_train=100_093, max_test=18_974, clust
         total = sum(sizes[list(chosen)])
         if abs(total + sizes[c] - n) < abs(total - n):  # it brings the number of forgotten reviews nearer to n
             chosen.add(c)
-    splits = {split: [] for split in SPLITS}
     notes.append("cluster    train    test   the words that stand out in it")
-    for part, examples, cluster_of in (("train", train, of_train), ("test", test, of_test)):
-        for example, c in zip(examples, cluster_of):
-            splits[f"{part}_forget" if c in chosen else f"{part}_retain"].append(example)
     for c, words in enumerate(top_words):
         notes.append(f"{'forget' if c in chosen else 'retain'}{sizes[c]:8,}{np.sum(of_test == c):8,}   {words}")
-    return splits
+    return divide([(e, c in chosen) for e, c in zip(train, of_train)], [(e, c in chosen) for e, c in zip(test, of_test)])
 
 
 # ---------------------------------------------------------------------------------- WMDP-bio (forget) and SciQ (retain)
 
-def four_options(path, line, row, options, right, rng):
+def four_options(question, options, right, rng):
     """The question and its four options in random order as an Example, whose label is the right one's letter."""
-    options = [text_of(path, line, {"an option": option}, "an option") for option in options]
     order = rng.sample(range(4), 4)
-    lines = [f"{letter}. {options[i]}" for letter, i in zip("ABCD", order)]
-    return Example("\n".join([text_of(path, line, row, "question"), *lines]), "ABCD"[order.index(right)])
-
-
-def read_wmdp(path, rng):
-    """WMDP's questions: four choices and the number of the right one -> [Example]."""
-    examples = []
-    for line, row in read_rows(path, ("question", "choices", "answer")):
-        choices, answer = row["choices"], row["answer"]
-        if not isinstance(choices, list) or len(choices) != 4:
-            found = f"{len(choices)} choices" if isinstance(choices, list) else f"choices {choices!r:.40}"
-            raise bad_row(path, line, found, "a list of four")
-        if type(answer) is not int or not 0 <= answer < 4:
-            raise bad_row(path, line, f"answer {answer!r:.40}", "a whole number, 0 to 3")
-        examples.append(four_options(path, line, row, choices, answer, rng))
-    return examples
-
-
-def read_sciq(path, rng):
-    """SciQ's questions: the correct answer and three distractors -> [Example]."""
-    columns = ("correct_answer", "distractor1", "distractor2", "distractor3")
-    return [four_options(path, line, row, [row[column] for column in columns], 0, rng)
-            for line, row in read_rows(path, ("question", *columns))]
+    lines = [f"{letter}. {text_of(options[i], 'an option')}" for letter, i in zip("ABCD", order)]
+    return Example("\n".join([text_of(question, "question"), *lines]), "ABCD"[order.index(right)])
 
 
 def wmdp_sciq_splits(data_dir, seed, notes):
     """WMDP-bio, 900 of its 1,273 questions to train (the same share of another count), and SciQ."""
-    rng = generator(seed, "options")
-    wmdp = read_wmdp(find_file(data_dir, "wmdp-bio"), rng)
-    train, valid, test = (read_sciq(find_file(data_dir, stem), rng) for stem in ("train", "valid", "test"))
+    rng, options = generator(seed, "options"), ("correct_answer", "distractor1", "distractor2", "distractor3")
+
+    def wmdp_example(row):  # four choices, and the number of the right one
+        choices, answer = row["choices"], row["answer"]
+        number = len(choices) if isinstance(choices, list) else repr(choices)[:40]
+        if number != 4 or type(answer) is not int or not 0 <= answer < 4:
+            raise ValueError(f"{number} choices, answer {answer!r:.40}; expected a list of four, and a whole number, 0 to 3")
+        return four_options(row["question"], choices, answer, rng)
+
+    def sciq_example(row):
+        return four_options(row["question"], [row[column] for column in options], 0, rng)
+
+    wmdp = read_examples(find_file(data_dir, "wmdp-bio"), ("question", "choices", "answer"), wmdp_example)
+    train, valid, test = (read_examples(find_file(data_dir, stem), ("question", *options), sciq_example)
+                          for stem in ("train", "valid", "test"))
     generator(seed, "split").shuffle(wmdp)
     n_train = round(len(wmdp) * 900 / 1273)
     return dict(zip(SPLITS, (train + valid, wmdp[:n_train], test, wmdp[n_train:])))
@@ -705,42 +681,34 @@ def wmdp_sciq_splits(data_dir, seed, notes):
 
 def own_splits(data_dir, seed, notes):
     """One's own four files: train_retain.jsonl (.csv, .tsv, ...) and so on, of text and label."""
-    splits = {}
-    for split in SPLITS:
-        path = find_file(data_dir, split)
-        splits[split] = [Example(*(text_of(path, line, row, key) for key in Example._fields))
-                         for line, row in read_rows(path, Example._fields)]
-    return splits
+    return {split: read_examples(find_file(data_dir, split), Example._fields, lambda row: Example(
+        text_of(row["text"], "text"), text_of(row["label"], "label"))) for split in SPLITS}
 
 
 DATASETS = {"toy": toy_splits, "sst2": sst2_splits, "yelp": yelp_splits, "wmdp+sciq": wmdp_sciq_splits,
             "splits": own_splits}
 
 
-def load_splits(name, data_dir, seed=0, forget_fraction=1.0, max_train=None, max_test=None, notes=None, **options):
+def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=None, **options):
     """The dataset's retain and forget sets: dict with the keys SPLITS -> list of Example. Counts: the paper's Table 1.
 
     name: a key of DATASETS. max_train, max_test: at most so many examples, at random, forget and retain alike.
-    forget_fraction: the part of the train forget set that is kept (Table 4), a smaller one inside a larger one; the
-    rest is not retained either. notes: a list, to which lines on the persons or clusters chosen are appended.
-    options: the dataset's own (forget_share, clusters).
+    notes: a list, to which lines on the persons or clusters chosen are appended. options: the dataset's own.
     ValueError or FileNotFoundError, of one line, for what is missing or malformed.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}; expected one of {', '.join(DATASETS)}")
     limits = {key: n for key, n in (("max_train", max_train), ("max_test", max_test)) if n is not None}
-    if not 0 < forget_fraction <= 1 or any(n < 1 for n in limits.values()):
-        raise ValueError(f"forget fraction {forget_fraction}, {limits}; expected above 0, up to 1, and counts above 0")
+    if any(n < 1 for n in limits.values()):
+        raise ValueError(f"{limits}; expected counts above 0")
     early = limits if name == "yelp" else {}  # Yelp is subsampled before it is clustered
     splits = DATASETS[name](data_dir, seed, [] if notes is None else notes, **early, **options)
     for key, most in limits.items():
-        names = [split for split in SPLITS if split.startswith(key.removeprefix("max_"))]
-        pool = [(split, example) for split in names for example in splits[split]]
+        retain, forget = (f"{key.removeprefix('max_')}_{kind}" for kind in ("retain", "forget"))
+        pool = [(retain, e) for e in splits[retain]] + [(forget, e) for e in splits[forget]]
         pool = generator(seed, key).sample(pool, min(most, len(pool)))
-        splits |= {split: [example for of, example in pool if of == split] for split in names}
-    kept = splits["train_forget"]
-    generator(seed, "forget_fraction").shuffle(kept)
-    splits["train_forget"] = kept[:max(1, round(forget_fraction * len(kept)))]
+        splits |= {split: [e for of, e in pool if of == split] for split in (retain, forget)}
+    generator(seed, "forget_fraction").shuffle(splits["train_forget"])  # an order that the README's numbers rest on
     for split in SPLITS:
         if not splits[split]:
             raise ValueError(f"{name} in {data_dir}: the {split} set is empty; give or allow more examples")
@@ -777,7 +745,6 @@ def main(argv=None):
     parser.add_argument("--dataset", default="toy", help=f"one of {', '.join(DATASETS)}")
     parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, the clusters and all that is sampled")
-    parser.add_argument("--forget-fraction", type=float, default=1.0, help="part of the train forget set that is kept")
     parser.add_argument("--max-train", type=int, help="train examples at most (yelp: the paper's 100,093)")
     parser.add_argument("--max-test", type=int, help="test examples at most (yelp: the paper's 18,974)")
     parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
