@@ -1,4 +1,4 @@
-"""The four baselines of Section 4.1 as losses: tensors in, a scalar and its parts out, all with `unlearn.spul_loss`'s signature.
+"""The four baselines of Section 4.1 as losses: tensors in, a scalar and its parts out, with `unlearn.spul_loss`'s signature.
 
     logits         (B,V)  at the answer
     base_logprobs  (B,V)  log h(x) of the base model, before any unlearning

@@ -39,7 +39,7 @@ def prompt_kv(model, phi):
     them once, a step costs p + B*T tokens and not B*(p+T): with p=30, B=32, T=48 that is 1,566 in place of 2,496.
     """
     phi = phi.to(model.embed_tokens.weight.dtype)[None]  # (1,p,D)
-    nowhere = torch.tensor([0], device=phi.device)  # of the last layer only keys and values are wanted: no more than one query
+    nowhere = torch.tensor([0], device=phi.device)  # of the last layer only keys and values are wanted: one query will do
     return model.hidden(phi, nowhere)[1]
 
 

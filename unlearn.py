@@ -31,8 +31,7 @@ import data
 import evaluate
 from baselines import cross_entropy, kl_divergence
 from lora import add_lora, load_adapter, merge_lora, save_adapter
-from model import (Config, build, check_device, fast_bf16, load_model, read_json, save_model, sweep, tie, whole,
-                   write_json)
+from model import Config, build, check_device, fast_bf16, read_json, save_model, sweep, tie, whole, write_json
 from soft_prompt import PromptEncoder, prompt_kv, save_prompt
 
 
@@ -375,8 +374,8 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
             loss = (F.cross_entropy(logits.float(), tokens[:, 1:][counts], reduction="none") * weights).sum() / weights.sum()
             return loss, {"L_lm": loss.detach()}
 
-        train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"], run,
-              clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
+        train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"],
+              run, clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
     save_model(model, dir)
 
 
@@ -517,17 +516,20 @@ def unlearn(name, model, base_hidden, prompts, answers, args, run, cell, fingerp
 
 # ---------------------------------------------------------------------------------------------------------- the grid
 
-def run_seed(seed, args, run):
-    """Data, base model and all cells of one seed; finished ones are not run again."""
+def prepare(seed, args):
+    """A seed's data and pretrained LM -> the LM's directory, its frozen model, the task, {label: token}, {split: [Prompt]},
+    and a fingerprint of all that the base model will depend on."""
     task, notes = data.task_of(args), []
-    splits = data.load_splits(args.dataset, args.data_dir, seed, max_train=args.max_train, max_test=args.max_test, notes=notes)
+    splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test, notes)
     print("\n".join(notes))
-    lm = args.model or embedded_lm(args.dataset, *(
-        data.toy_corpus() if args.dataset == "toy" else
-        data.named_corpus(splits["train_retain"] + splits["train_forget"])),
-        Path(args.cache) / f"lm-{args.dataset}{'' if args.dataset == 'toy' else f'-seed{seed}'}", args)
-    tokenizer = data.load_tokenizer(lm)
-    model = load_model(lm, args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    if args.model:
+        lm = args.model
+    elif args.dataset == "toy":  # knows nothing of the seed's forget set, so all seeds share it
+        lm = embedded_lm("toy", *data.toy_corpus(), Path(args.cache) / "lm-toy", args)
+    else:
+        corpus, names = data.named_corpus(splits["train_retain"] + splits["train_forget"])
+        lm = embedded_lm(args.dataset, corpus, names, Path(args.cache) / f"lm-{args.dataset}-seed{seed}", args)
+    tokenizer, model = data.load_tokenizer(lm), evaluate.load_base(lm, args)
     model.checkpointing = args.checkpointing
     if tokenizer.size > model.config.vocab_size:
         raise ValueError(f"{lm}: {tokenizer.size} tokens in the tokenizer, {model.config.vocab_size} in config.json; "
@@ -537,6 +539,12 @@ def run_seed(seed, args, run):
     common = fingerprint_of(Path(lm, "config.json").read_text(), splits, task, {k: getattr(args, k) for k in (
         "weights", "dtype", "max_len", "rank", "lora_alpha", "lora_dropout", "targets", "qlora_lr", "qlora_epochs",
         "batch", "accumulate", "clip")}, model.embed_tokens.weight.double().sum().item())
+    return lm, model, task, tokens, prompts, common
+
+
+def run_seed(seed, args, run):
+    """Base model and all cells of one seed; finished ones are not run again."""
+    lm, model, task, tokens, prompts, common = prepare(seed, args)
     row = dict(method="", model=str(args.model or f"embedded-{args.dataset}"), dataset=args.dataset, seed=seed, alpha=None,
                beta=None, p=None, lr=None, forget_fraction=None)
 
@@ -618,7 +626,7 @@ PRESETS = {
 
 def parser():
     """All flags, each with its meaning; None stands for the preset's value."""
-    ap = argparse.ArgumentParser(description="Soft prompting for unlearning: makes a language model forget a part of its data.")
+    ap = argparse.ArgumentParser(description="Soft prompting for unlearning: a language model forgets a part of its data.")
     add = ap.add_argument
     add("--dataset", default="toy", help=f"one of {', '.join(data.DATASETS)} (default: toy)")
     add("--data-dir", default=".", help="the directory that holds the dataset's files")
@@ -627,13 +635,15 @@ def parser():
     add("--alpha", nargs="+", type=float, default=[1.0], help="weight of L_r, Eq. (5)")
     add("--beta", nargs="+", type=float, default=[1.0], help="weight of L_KL, Eq. (5)")
     add("--p", nargs="+", type=int, help="tokens of the soft prompt")
-    add("--forget-fraction", nargs="+", type=float, default=[1.0], help="part of the forget set that unlearning sees, Table 4")
+    add("--forget-fraction", nargs="+", type=float, default=[1.0],
+        help="part of the forget set that unlearning sees, Table 4")
     add("--seed", nargs="+", type=int, default=[0], help="split, forget set, order, generic answers and initial values")
     add("--lr", nargs="+", type=float, help="learning rate of unlearning; several search the best one")
     add("--epochs", type=int, help="passes of unlearning over its train set (baselines: 1)")
     add("--batch", type=int, help="examples in a batch")
     add("--accumulate", type=int, default=1, help="batches whose gradients make one step")
-    add("--forget-per-batch", type=int, help="forget examples in each batch; 0 mixes both sets in one pass, as the paper does")
+    add("--forget-per-batch", type=int,
+        help="forget examples in each batch; 0 mixes both sets in one pass, as the paper does")
     add("--hidden", type=int, default=128, help="width of phi's encoder")
     add("--kl-direction", choices=["prompted||base", "base||prompted"], default="prompted||base",
         help="Eq. (4), or the released code's")
@@ -648,9 +658,11 @@ def parser():
     add("--qlora-lr", type=float, help="learning rate of QLoRA")
     add("--qlora-epochs", type=int, help="epochs of QLoRA")
     add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4", help="how the frozen model is kept")
-    add("--dtype", choices=["fp32", "bf16"], help="what is computed in (default: bf16 where the hardware multiplies it; the toy: fp32)")
+    add("--dtype", choices=["fp32", "bf16"],
+        help="what is computed in (default: bf16 where the hardware multiplies it; the toy: fp32)")
     add("--device", help="cuda when present, else cpu")
-    add("--checkpointing", action="store_true", help="keep only each layer's input for the backward pass: less memory, more time")
+    add("--checkpointing", action="store_true",
+        help="keep only each layer's input for the backward pass: less memory, more time")
     add("--max-len", type=int, default=256, help="tokens of a prompt; a longer text loses its end")
     add("--max-train", type=int, help="train examples at most")
     add("--max-test", type=int, help="test examples at most")
