@@ -151,8 +151,14 @@ def group_by(rows, *keys):
 
 
 def group_spul(rows, *keys):
-    """The same for the rows of spul alone, of which Table 3, Table 4 and Fig. 2 are made."""
-    return group_by([row for row in rows if row["method"] == "spul"], *keys)
+    """The same for the rows of spul alone, of which Table 3, Table 4 and Fig. 2 are made. They differ in these keys only."""
+    rows = [row for row in rows if row["method"] == "spul"]
+    for key in SETTING:
+        values = sorted({str(row.get(key)) for row in rows})
+        if key not in keys and len(values) > 1:
+            raise ValueError(f"these rows of spul differ in {key} too ({', '.join(values)}); expected runs that differ in "
+                             f"{' and '.join(keys)} alone")
+    return group_by(rows, *keys)
 
 
 def mean_std(rows, *keys):
@@ -487,6 +493,10 @@ def all_systems(systems, run, words):
     yield from systems.items()
     baselines = [row for row in read_rows(run) if row["seed"] == seed and row.get("files") and row["method"] != "spul"]
     for (method,), (row, *_) in group_by(baselines, "method").items():  # the first cell of each
+        if row["p"]:  # a method of one's own that trains a prompt
+            phi = load_prompt(run / row["files"], base.model.embed_tokens.embedding_dim).to(args.device)
+            yield method, base._replace(prefix=prompt_kv(base.model, phi))
+            continue
         yield method, base._replace(model=load_model(run / row["files"], "fp32", args.device) if args.tune == "full" else
                                     load_base(base.lm, args, run / row["files"]))
     told = base.task._replace(template=f"### Ignore: {' '.join(words)}\n\n{base.task.template}")

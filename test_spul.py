@@ -1173,9 +1173,9 @@ def test_tables_3_and_4_put_each_cell_in_its_place_and_mean_over_seeds():
     def row(alpha, beta, fraction, seed, acc):
         return dict(method="spul", alpha=alpha, beta=beta, forget_fraction=fraction, seed=seed,
                     **{s: {"acc": acc + i} for i, s in enumerate(data.SPLITS)})
-    rows = [row(1.0, 0.0, 1.0, 0, 10), row(1.0, 0.0, 1.0, 1, 20), row(0.5, 1.0, 0.25, 0, 40), {"method": "ga"}]
-    assert evaluate.ablation(rows, "train_forget") == [["alpha \\ beta", "0", "1"], ["0.5", "-", "41.0"], ["1", "16.0 +-7.1", "-"]]
-    assert evaluate.by_fraction(rows)[1:] == [["0.25", "40.0", "41.0", "42.0", "43.0"],
+    two = [row(1.0, 0.0, 1.0, 0, 10), row(1.0, 0.0, 1.0, 1, 20), {"method": "ga"}]
+    assert evaluate.ablation([*two, row(0.5, 1.0, 1.0, 0, 40)], "train_forget") == [["alpha \\ beta", "0", "1"], ["0.5", "-", "41.0"], ["1", "16.0 +-7.1", "-"]]
+    assert evaluate.by_fraction([*two, row(1.0, 0.0, 0.25, 0, 40)])[1:] == [["0.25", "40.0", "41.0", "42.0", "43.0"],
                                               ["1", *(f"{m}.0 +-7.1" for m in (15, 16, 17, 18))]]
 
 
@@ -1279,6 +1279,26 @@ def test_an_audit_adds_the_references_and_leaves_phi_off_equal_to_the_base(run_m
     assert all(row["train_retain"]["n"] == 30 for row in sampled["rows"])
     with open(run / "retrain/log.csv", newline="") as f:
         assert len(list(csv.DictReader(f))) == -(-rows["qlora"]["train_retain"]["n"] // 16)
+
+
+def test_a_prompt_method_of_ones_own_gets_spuls_epochs_and_has_its_place_in_the_audit(run_micro, monkeypatch, tmp_path):
+    monkeypatch.setitem(unlearn.METHODS, "mine", unlearn.METHODS["spul"])
+    monkeypatch.setitem(unlearn.PRESETS, "toy", {**unlearn.PRESETS["toy"], "epochs": 2})
+    flags = [flag for flag, before in zip(FLAGS, ["", *FLAGS]) if "--epochs" not in (flag, before)]
+    sizes = ["--max-train", "400", "--max-test", "150"]  # argparse takes the last of a flag given twice
+    unlearn.main([*flags, *sizes, "--method", "spul", "mine", "ga", "--cache", str(tmp_path), "--out", str(tmp_path / "own")])
+    rows = {row["method"]: row for row in evaluate.read_rows(tmp_path / "own")}
+    assert [rows[name]["epochs"] for name in ("spul", "mine", "ga")] == [2, 2, 1]
+    accuracy = evaluate.audit_seed(tmp_path / "own", 0)["tables"]["accuracy"]
+    for name in ("spul", "mine", "ga"):
+        assert [accuracy[name][head] for head in evaluate.HEADS] == [rows[name][split]["acc"] for split in data.SPLITS]
+
+
+def test_tables_refuse_rows_that_differ_in_more_than_the_table_shows(run_micro):
+    rows = evaluate.read_rows(run_micro("grid", "--alpha", "0.5", "1", "--p", "3", "4"))
+    with pytest.raises(ValueError, match=r"differ in alpha too \(0.5, 1.0\); expected runs that differ in p alone"):
+        evaluate.group_spul(rows, "p")
+    assert len(evaluate.group_spul(rows, "p", "alpha")) == 4
 
 
 BAD_COMMANDS = {

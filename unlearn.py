@@ -482,7 +482,7 @@ def unlearn(name, model, base_hidden, prompts, answers, args, run, cell, fingerp
     """One cell of the grid: from the frozen base model -> (model, prefix or None, figures), prompt or weights saved."""
     method = METHODS[name]
     options = dict(lr=lr, alpha=alpha or 0.0, beta=beta or 0.0, seed=seed, fingerprint=fingerprint,
-                   epochs=args.epochs if name == "spul" or args.epochs_given else 1,
+                   epochs=args.epochs if method.trains == "prompt" or args.epochs_given else 1,
                    forget_per_batch=args.forget_per_batch if method.sees_retain else 0)
     torch.manual_seed(derived_seed(seed, cell))
     out = run.dir / run.place("prompt" if method.trains == "prompt" else "weights", cell)
@@ -500,8 +500,8 @@ def unlearn(name, model, base_hidden, prompts, answers, args, run, cell, fingerp
     else:
         tuned, prefix = copy.deepcopy(model), None
         tuned = merge_lora(tuned) if args.tune == "full" else tuned
-        for name, w in tuned.named_parameters():
-            w.requires_grad_(args.tune == "full" or "lora_" in name)
+        for weight, w in tuned.named_parameters():
+            w.requires_grad_(args.tune == "full" or "lora_" in weight)
         tuned.checkpointing, sharded = model.checkpointing, args.tune == "full" and torch.distributed.is_initialized()
         if sharded:
             shard(tuned)
@@ -728,7 +728,8 @@ def main(argv=None):
               f"{time.perf_counter() - started:.0f} s")
         if args.explain:
             print()
-            evaluate.explain(evaluate.load_run(run.dir))
+            spul = [cell_name(cell, args.seed[0]) for cell in cells(args) if cell["method"] == "spul"]
+            evaluate.explain(evaluate.load_run(run.dir, *spul[:1]))
 
 
 if __name__ == "__main__":
