@@ -1364,7 +1364,7 @@ def test_the_readmes_commands_run_as_written_on_a_smaller_model(run_micro, tmp_p
         elif module == "unlearn":
             unlearn.main([*argv, *small.split()])
         elif "--audit" not in argv:  # that one has a test of its own
-            evaluate.main(argv)
+            {"evaluate": evaluate, "data": data}[module].main(argv)
     assert {"fig1.png", "fig2.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
