@@ -1294,6 +1294,14 @@ def test_a_prompt_method_of_ones_own_gets_spuls_epochs_and_has_its_place_in_the_
         assert [accuracy[name][head] for head in evaluate.HEADS] == [rows[name][split]["acc"] for split in data.SPLITS]
 
 
+def test_explain_on_the_command_line_shows_the_cell_of_this_command(run_micro, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluate, "explain", lambda loaded: shown.append(loaded.row["alpha"]))
+    run_micro("two")
+    run_micro("two", "--alpha", "0.5", "--explain")
+    assert shown == [0.5]
+
+
 def test_tables_refuse_rows_that_differ_in_more_than_the_table_shows(run_micro):
     rows = evaluate.read_rows(run_micro("grid", "--alpha", "0.5", "1", "--p", "3", "4"))
     with pytest.raises(ValueError, match=r"differ in alpha too \(0.5, 1.0\); expected runs that differ in p alone"):

@@ -423,11 +423,15 @@ def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, r
     state = None if is_sharded(params[0]) else run.dir / f"state-{stage}.pt"  # sharded, a stage cut off starts anew
     figures = train(stage, params, batches, loss_of, epochs, lr, run, seed, warmup, args.clip, args.accumulate,
                     state, fingerprint, after_epoch)
+    return {**figures, "flops_per_token": flops_per_token(model, params)}
+
+
+def flops_per_token(model, params):
+    """What the layers' matrix products cost a text token in a step, by which `evaluate.efficiency` judges the speed."""
     last = f"layers.{len(model.layers) - 1}."  # of which only keys and values are computed at every token
     maps = sum(m.in_features * m.out_features for name, m in model.named_modules() if hasattr(m, "in_features") and
                name.startswith("layers.") and (not name.startswith(last) or "k_proj" in name or "v_proj" in name))
-    passes = 6 if sum(w.numel() for w in params) >= maps else 4  # forward, gradient of the inputs, and of trained weights
-    return {**figures, "flops_per_token": passes * maps}
+    return maps * (6 if sum(w.numel() for w in params) >= maps else 4)  # forward; gradients of inputs, of trained weights
 
 
 def adapter_place(dir, seed):
@@ -613,7 +617,8 @@ def cell_name(cell, seed):
 
 # --------------------------------------------------------------------------------------------------- command line
 
-# What each kind of run sets where no flag says otherwise; lr: of a method, or of all that train a prompt or weights.
+# What each kind of run sets where no flag says otherwise; lr: of all that train a prompt, of all that train weights, and
+# of single methods, whose own comes first.
 PRESETS = {
     "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=6, batch=32, forget_per_batch=8,
                 clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True, dtype="fp32"),
