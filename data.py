@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import json
+import os
 import random
 import re
 import sys
@@ -398,35 +399,29 @@ def lines_of(path):
     return [(i, line.rstrip("\r")) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
-def read_csv(path):
-    """Yields (line it starts on, fields) of each record (RFC 4180); broken quotes are an error, never half-read."""
-    lines, line = list(io.StringIO(read_text(path))), 1  # StringIO: only a newline ends a line
+def read_table(path, columns, header):
+    """Yields (line it starts on, dict column -> field) of each row of a .csv (RFC 4180; broken quotes are an error, never
+    half-read), or of a .tsv, where quotes are characters (GLUE)."""
     csv.field_size_limit(2 ** 31 - 1)  # a text may be longer than 128 KiB
-    records = csv.reader(lines, strict=True)
+    quotes, mark = path.suffix == ".csv", "," if path.suffix == ".csv" else "\t"
+    lines, line, names = list(io.StringIO(read_text(path))), 1, None if header else columns  # only a newline ends a line
+    records = csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE, strict=True)
     try:
         for fields in records:
             record = "".join(lines[line - 1:records.line_num])
-            if any(field.replace('"', '""') not in record for field in fields):
+            if quotes and any(field.replace('"', '""') not in record for field in fields):
                 raise csv.Error("not doubled")  # which csv.reader lets pass outside of quotes: he "said"
-            if fields:  # no blank line
-                yield line, fields
+            if names is None:
+                names = fields
+                if any(names.count(column) != 1 for column in columns):
+                    raise bad_row(path, line, f"header {mark.join(names)!r:.80}; expected {mark.join(columns)!r}")
+            elif record.strip():
+                if len(fields) != len(names):
+                    raise bad_row(path, line, f"{len(fields)} columns; expected {len(names)}, {mark.join(names)!r}")
+                yield line, dict(zip(names, fields))
             line = records.line_num + 1
     except csv.Error as error:
         raise bad_row(path, line, f'broken quotes ({error}); expected a field like "a ""quoted"" word"') from None
-
-
-def read_table(path, columns, header):
-    """Yields (line, dict column -> field) of each row of a .csv, or of a .tsv, where quotes are characters (GLUE)."""
-    records, mark = read_csv(path), ","
-    if path.suffix == ".tsv":
-        records, mark = ((line, text.split("\t")) for line, text in lines_of(path)), "<TAB>"
-    line, names = next(records, (1, columns)) if header else (1, columns)
-    if any(names.count(column) != 1 for column in columns):
-        raise bad_row(path, line, f"header {mark.join(names)!r:.80}; expected {mark.join(columns)!r}")
-    for line, fields in records:
-        if len(fields) != len(names):
-            raise bad_row(path, line, f"{len(fields)} columns; expected {len(names)}, {mark.join(names)!r}")
-        yield line, dict(zip(names, fields))
 
 
 def parse_json(path, line, text):
@@ -767,7 +762,12 @@ def main(argv=None):
 def run_cli(main):
     """Runs a command line: what the user can mend is one line and exit status 2, an interrupt 130."""
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()  # here, where a pipe that was closed is met
+        return status
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (MemoryError, RuntimeError) as error:  # on a CPU, PyTorch knows no error of its own for it
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise

@@ -280,10 +280,9 @@ def plot_against(rows, key, path):
         ax.legend(frameon=False, loc="center right")
 
 
-def plot_tsne(run, path, per_label=500):
+def plot_tsne(loaded, path, per_label=500):
     """Fig. 1: t-SNE of the state at the answer, base beside SPUL; colour: forget or retain, shape: the true label."""
     from sklearn.manifold import TSNE
-    loaded = load_run(run)
     pool = loaded.prompts["test_forget"] + loaded.prompts["test_retain"]
     data.generator(0, "t-sne").shuffle(pool)  # so that forget and retain are drawn alike
     part = [q for label in {q.label for q in pool} for q in [q for q in pool if q.label == label][:per_label]]
@@ -654,19 +653,20 @@ def main(argv=None):
     ap.add_argument("--against", choices=["p", "alpha", "beta", "forget_fraction"], default="p", help="the axis of --plot")
     ap.add_argument("--tsne", metavar="FILE", help="draw Fig. 1, the states at the answer, as a .png or .svg")
     ap.add_argument("--ask", metavar="TEXT", help="one answer without and with the learned prompt")
+    ap.add_argument("--cell", help="whose phi --ask and --tsne take, as spul-s0-f1-lr0.005-a1-b1-p20 (default: the first)")
     ap.add_argument("--audit", action="store_true", help="references, attacks and controls: is it really forgotten?")
     args = ap.parse_args(argv)
     for path in (args.plot, args.tsne):
         if path and Path(path).suffix not in (".png", ".svg"):
             raise ValueError(f"{path}: a figure is written as .png or .svg; give it one of these endings")
     if args.ask is not None:
-        return ask(load_run(args.runs[0]), args.ask)
+        return ask(load_run(args.runs[0], args.cell), args.ask)
     if args.audit:
         return audit(args.runs[0], args.form)
     rows = load_rows(args.runs)
     if args.tsne or args.plot:
         if args.tsne:
-            plot_tsne(args.runs[0], args.tsne)
+            plot_tsne(load_run(args.runs[0], args.cell), args.tsne)
         if args.plot:
             plot_against(rows, args.against, args.plot)
         return

@@ -794,9 +794,9 @@ GOOD = '{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}\n'
 SCIQ = '{"question": "q", "correct_answer": "1", "distractor1": "2", "distractor2": "3"'
 MALFORMED = [
     ("sst2", {"train_tsv": HEAD + "fine\t1\nbad\t7\n"}, "train.tsv line 3: label '7'; expected 0 (negative) or 1"),
-    ("sst2", {"train_tsv": HEAD + "one\ttwo\t1\n"}, "train.tsv line 2: 3 columns; expected 2, 'sentence<TAB>label'"),
+    ("sst2", {"train_tsv": HEAD + "one\ttwo\t1\n"}, "train.tsv line 2: 3 columns; expected 2, 'sentence\\tlabel'"),
     ("sst2", {"train_tsv": HEAD + "no tab\n"}, "train.tsv line 2: 1 columns; expected 2"),
-    ("sst2", {"train_tsv": "text\tlabel\nfine\t1\n"}, "train.tsv line 1: header 'text<TAB>label'; expected 'sentence"),
+    ("sst2", {"train_tsv": "text\tlabel\nfine\t1\n"}, "train.tsv line 1: header 'text\\tlabel'; expected 'sentence"),
     ("sst2", {"train_tsv": HEAD + "fine\t1\n \t1\n"}, "train.tsv line 3: sentence is ' '; expected a text"),
     ("sst2", {"train_tsv": HEAD.encode() + b"fine\t1\ncaf\xe9\t1\n"}, "train.tsv line 3: byte 0xe9 is not UTF-8"),
     ("sst2", {"train_tsv": ""}, "train.tsv has no rows"),
@@ -1134,6 +1134,18 @@ def test_ask_answers_without_and_with_the_prompt(run_micro, capsys):
     without, with_phi = capsys.readouterr().out.strip().split("\n")[-2:]
     assert without.startswith("without phi") and with_phi.startswith("with phi")
     assert [float(line.split(" %")[0].split()[-1]) for line in (without, with_phi)] == [pytest.approx(100 * b, abs=0.06) for b in best]
+
+
+@pytest.mark.parametrize("flag", ["--ask", "--tsne"])
+def test_ask_and_tsne_take_the_phi_of_the_cell_that_is_named(run_micro, flag, monkeypatch, capsys):
+    run, taken = str(run_micro("a", "--alpha", ".5", "1")), []
+    for name in ("ask", "plot_tsne"):
+        monkeypatch.setattr(evaluate, name, lambda loaded, text: taken.append(loaded.row["cell"]))
+    for named in ([], ["--cell", CELLS[0]], ["--cell", CELLS[1]]):
+        evaluate.main([run, flag, "a.png", *named])
+    assert taken == [CELLS[0], *CELLS]
+    assert data.run_cli(lambda: evaluate.main([run, flag, "a.png", "--cell", "spul-s7"])) == 2
+    assert "no finished spul row spul-s7" in capsys.readouterr().err
 
 
 def test_explain_shows_phi_the_tokens_and_losses_that_equations_2_to_4_give(run_micro, capsys):
@@ -1755,6 +1767,12 @@ def nth_step(n, act, monkeypatch):
             act()
         true(run, stage, *rest)
     monkeypatch.setattr(unlearn.Run, "log", log)
+
+
+def test_a_pipe_that_is_closed_is_no_error_to_report():
+    run = subprocess.Popen([sys.executable, "data.py"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 1
 
 
 def test_an_interrupt_is_one_line_and_exit_status_130_and_the_run_goes_on(left, monkeypatch, capsys):
