@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import json
+import math
 import os
 import random
 import re
@@ -736,12 +737,12 @@ def leakage(train, test):
 
 def main(argv=None):
     """The command line: prints Table 1's rows, whom or what the forget set names, and what leaks."""
-    parser = argparse.ArgumentParser(description="Prints Table 1, what is forgotten, and the leakage.")
-    parser.add_argument("--dataset", default="toy", help=f"one of {', '.join(DATASETS)}")
+    parser = Flags(description="Prints Table 1, what is forgotten, and the leakage.")
+    parser.add_argument("--dataset", default="toy", choices=DATASETS, help="which texts")
     parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split, the clusters and all that is sampled")
-    parser.add_argument("--max-train", type=int, help="train examples at most (yelp: the paper's 100,093)")
-    parser.add_argument("--max-test", type=int, help="test examples at most (yelp: the paper's 18,974)")
+    parser.add_argument("--max-train", type=number(int), help="train examples at most (yelp: the paper's 100,093)")
+    parser.add_argument("--max-test", type=number(int), help="test examples at most (yelp: the paper's 18,974)")
     parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
     args, notes = vars(parser.parse_args(argv)), []
     name, directory = args.pop("dataset"), args.pop("save_splits")
@@ -757,6 +758,28 @@ def main(argv=None):
         exact, inside = leakage(splits["train_retain"] + splits["train_forget"], splits[split])
         print(f"{split:12}{exact:8,} word for word{inside:8,} as a part    of {len(splits[split]):,}")
     print("\n" + "\n".join(notes) if notes else "")
+
+
+# -------------------------------------------------------------------------------------------------------- command lines
+
+class Flags(argparse.ArgumentParser):
+    """Flags whose mistakes are a ValueError of one line, as every other mistake is."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def number(kind, range="above 0", holds=lambda v: 0 < v < math.inf):
+    """The type of a flag: an int or float in a range. argparse calls it; ArgumentTypeError otherwise."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text}; expected a number {range}")
+        return value
+    return read
 
 
 def run_cli(main):
