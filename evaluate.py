@@ -303,22 +303,22 @@ def plot_tsne(loaded, path, per_label=500):
 # ----------------------------------------------------------------------------------------------- a finished run, again
 
 class Loaded(NamedTuple):
-    """A run's base model (frozen, with its adapter), its learned prompt, and the data it was run on: spul.
+    """A model with its task and data; of a finished run the base model (with its adapter) and its learned prompt: spul.
 
     The systems that the audit sets beside it are the same with another model, no prefix or other prompts.
     """
     args: SimpleNamespace
     lm: str                  # the pretrained LM's directory
-    adapter: Path            # of the base
-    model: torch.nn.Module
-    phi: torch.Tensor        # (p,D)
-    prefix: list             # K, V (1,G,p,d) of each layer, as prompt_kv gives them
+    model: torch.nn.Module   # frozen
     tokenizer: object
     task: data.Task
     tokens: dict             # {label: its token}
     splits: dict             # {split: [Example]}
     prompts: dict            # {split: [Prompt]}, in the same order
-    row: dict                # of results.json
+    adapter: Path = None     # of the base
+    phi: torch.Tensor = None  # (p,D)
+    prefix: list = None      # K, V (1,G,p,d) of each layer, as prompt_kv gives them
+    row: dict = None         # of results.json
 
     def logits(self, ids, prefix=None):
         """The tokens of one prompt -> the logits (1,V) of its answer."""
@@ -344,6 +344,18 @@ def load_base(lm, args, adapter=None, merged=False):
     return model.requires_grad_(False).eval()
 
 
+def load(lm, args, splits, adapter=None, merged=False):
+    """-> Loaded: an LM's directory with its tokenizer, and a seed's {split: [Example]} as prompts in its tokens."""
+    tokenizer, task = data.load_tokenizer(lm), data.task_of(args)
+    model = load_base(lm, args, adapter, merged)
+    if tokenizer.size > model.config.vocab_size:
+        raise ValueError(f"{lm}: {tokenizer.size} tokens in the tokenizer, {model.config.vocab_size} in config.json; "
+                         "do they belong together?")
+    prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
+    tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
+    return Loaded(args, lm, model, tokenizer, task, tokens, splits, prompts, adapter)
+
+
 def load_run(run, cell=None, seed=None):
     """Run directory -> Loaded: the first spul cell (of a seed), or the named one. ValueError or OSError if torn."""
     run = Path(run)
@@ -351,21 +363,16 @@ def load_run(run, cell=None, seed=None):
         "dataset", "data_dir", "weights", "dtype", "device", "max_train", "max_test", "max_len", "labels", "generic",
         "template", "merged"]))
     check_device(args.device)
-    row = next((row for row in read_rows(run) if row["method"] == "spul" and "files" in row
-                and cell in (None, row["cell"]) and seed in (None, row["seed"])), None)
-    if not row:
+    rows = [row for row in read_rows(run) if {"files", "lm"} <= row.keys() and seed in (None, row["seed"])]
+    row = next((row for row in rows if row["method"] == "spul" and cell in (None, row["cell"])), None)
+    base = next((other for other in rows if row and (other["method"], other["seed"]) == ("qlora", row["seed"])), None)
+    if not base:
         raise ValueError(f"{run} has no finished spul row{f' {cell}' if cell else ''}; run unlearn.py --method spul first")
-    notes = read_json(run / f"base-seed{row['seed']}.json", "the base model's place", ["lm", "adapter"])
-    lm, adapter = notes["lm"], run / notes["adapter"]
-    model = load_base(lm, args, adapter, args.merged)
-    phi = load_prompt(run / row["files"], model.embed_tokens.embedding_dim).to(args.device)
+    splits = data.load_splits(args.dataset, args.data_dir, row["seed"], args.max_train, args.max_test)
+    loaded = load(base["lm"], args, splits, run / base["files"], args.merged)
+    phi = load_prompt(run / row["files"], loaded.model.embed_tokens.embedding_dim).to(args.device)
     with torch.no_grad():
-        prefix = prompt_kv(model, phi)
-    splits = data.load_splits(args.dataset, args.data_dir, row["seed"], max_train=args.max_train, max_test=args.max_test)
-    task, tokenizer = data.task_of(args), data.load_tokenizer(lm)
-    tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
-    prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
-    return Loaded(args, lm, adapter, model, phi, prefix, tokenizer, task, tokens, splits, prompts, row)
+        return loaded._replace(phi=phi, prefix=prompt_kv(loaded.model, phi), row=row)
 
 
 @torch.no_grad()
@@ -463,7 +470,7 @@ def attack(stage, system, params, prefix, known, rest, log, steps, lr):
 
     def loss_of(b):
         loss = cross_entropy(model(b.tokens, b.answer_pos, prefix()), b.y, torch.ones_like(b.is_forget))
-        return loss, {"L": loss}
+        return loss, {"L": loss}, b.tokens.numel()
 
     for w in params:
         w.requires_grad_(True)
@@ -477,12 +484,12 @@ def attack(stage, system, params, prefix, known, rest, log, steps, lr):
 
 
 def retrained(loaded, run, seed):
-    """-> the reference: QLoRA from the pretrained LM on the retain set alone, kept in RUN/retrain for the next audit."""
+    """-> the reference: QLoRA from the pretrained LM on the retain set alone; its training state is kept in RUN/retrain."""
     import unlearn
     model = load_base(loaded.lm, loaded.args)
     made = unlearn.fingerprint_of("retain only", seed, loaded.row["fingerprint"])
-    log = unlearn.Run(run / "retrain", loaded.args)
-    unlearn.tune_base(model, {**loaded.prompts, "train_forget": []}, loaded.args, log, seed, made)
+    unlearn.tune_base(model, {**loaded.prompts, "train_forget": []}, loaded.args, unlearn.Run(run / "retrain", loaded.args),
+                      f"qlora-seed{seed}", made, seed)
     return model
 
 
@@ -490,7 +497,7 @@ def all_systems(systems, run, words):
     """Yields base, retrain and spul, then the baselines and prompts beside them; `prompt-off` after all others."""
     base, args, seed = systems["base"], systems["base"].args, systems["base"].row["seed"]
     yield from systems.items()
-    baselines = [row for row in read_rows(run) if row["seed"] == seed and row.get("files") and row["method"] != "spul"]
+    baselines = [row for row in read_rows(run) if row["seed"] == seed and row.get("files") and row["method"] not in ("spul", "qlora")]
     for (method,), (row, *_) in group_by(baselines, "method").items():  # the first cell of each
         if row["p"]:  # a method of one's own that trains a prompt
             phi = load_prompt(run / row["files"], base.model.embed_tokens.embedding_dim).to(args.device)

@@ -640,14 +640,13 @@ def test_the_same_seed_gives_the_same_splits_and_another_seed_others():
     assert first == again and first["test_forget"] != other["test_forget"]
 
 
-def test_a_smaller_forget_fraction_keeps_a_part_of_the_larger_one_and_changes_nothing_else(tmp_path):
-    splits = own(tmp_path)
-    whole, half, quarter = ([e for _, e in unlearn.training_prompts(splits, unlearn.METHODS["spul"], fraction, seed=1)]
-                            for fraction in (1.0, 0.5, 0.25))
+def test_a_smaller_forget_fraction_keeps_a_part_of_the_larger_one_and_changes_nothing_else():
+    prompts = [data.Prompt([1, i], 0, i >= 200) for i in range(250)]
+    whole, half, quarter = (unlearn.seen_by(unlearn.METHODS["spul"], prompts, fraction, seed=1) for fraction in (1.0, 0.5, 0.25))
     forget = [set(seen[200:]) for seen in (whole, half, quarter)]
     assert [len(seen) for seen in forget] == [50, 25, 12]
-    assert forget[2] < forget[1] < forget[0] == set(splits["train_forget"])
-    assert whole[:200] == half[:200] == quarter[:200] == splits["train_retain"]
+    assert forget[2] < forget[1] < forget[0] == set(range(200, 250))
+    assert whole[:200] == half[:200] == quarter[:200] == list(range(200))
 
 
 def test_limits_sample_forget_and_retain_alike(tmp_path):
@@ -997,9 +996,9 @@ def micro(run_micro):
 
 
 def results(run):
-    """The rows of a run without what differs between two runs of the same command."""
+    """The rows of a run without what differs between two runs of the same command: times, memory, the LM's place."""
     rows = json.loads((run / "results.json").read_text())["rows"]
-    return [{k: v for k, v in row.items() if k not in ("seconds_per_epoch", "tokens_per_second", "peak_memory_mb")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("seconds_per_epoch", "tokens_per_second", "peak_memory_mb", "lm")} for row in rows]
 
 
 def test_a_run_leaves_rows_adapter_and_prompt_in_the_agreed_form(run_micro):
@@ -1010,7 +1009,7 @@ def test_a_run_leaves_rows_adapter_and_prompt_in_the_agreed_form(run_micro):
         assert {"method", "model", "dataset", "seed", "alpha", "beta", "p", "forget_fraction", "trainable_params",
                 "epochs"} <= row.keys()
         assert all({"n", "acc", "f1"} == row[split].keys() and 0 <= row[split]["acc"] <= 100 for split in data.SPLITS)
-    assert {p.name for p in run.iterdir()} == {"args.json", "log.csv", "adapter", "prompt", "results.json", "base-seed0.json"}
+    assert {p.name for p in run.iterdir()} == {"args.json", "log.csv", "adapter", "prompt", "results.json"}
     header, *lines = (run / "log.csv").read_text().splitlines()
     assert header == "stage,epoch,step,loss,L_f,L_r,L_kl,lr,ms" and len(lines) == 6 + 2 * -(-88 // 12)
     assert soft_prompt.load_prompt(run / "prompt").shape == (4, 32)
@@ -1021,11 +1020,11 @@ def test_spul_changes_no_weight_and_the_baselines_change_them(run_micro, monkeyp
     seen = {}
     true = unlearn.unlearn
 
-    def spy(name, net, *args, **kwargs):
+    def spy(cell, name, net, *args):
         before = {n: w.clone() for n, w in net.state_dict().items()}
-        tuned, prefix, figures = true(name, net, *args, **kwargs)
+        tuned, prefix, figures = true(cell, name, net, *args)
         assert all(torch.equal(w, before[n]) for n, w in net.state_dict().items()), "the base model changed"
-        seen[name] = tuned is net
+        seen[cell["method"]] = tuned is net
         return tuned, prefix, figures
     monkeypatch.setattr(unlearn, "unlearn", spy)
     run_micro("b", "--method", "spul", "ga", "rl", "ga+kl", "ga+gd")
@@ -1041,7 +1040,7 @@ def test_the_same_command_gives_the_same_results_and_another_seed_does_not(run_m
 def test_finished_cells_are_not_run_again_and_new_ones_join_them(run_micro, capsys, monkeypatch):
     run = run_micro("a", "--alpha", "0.5", "1")
     before = results(run)
-    monkeypatch.setattr(unlearn, "tune_base", lambda net, *rest: lora.load_adapter(net, run / "adapter") and {})
+    monkeypatch.setattr(unlearn, "tune_base", None)  # called, it would be an error
     run_micro("a", "--alpha", "0.5", "1", "2")
     assert capsys.readouterr().out.count("is done already") == 2
     after = results(run)
@@ -1295,7 +1294,7 @@ def test_an_audit_adds_the_references_and_leaves_phi_off_equal_to_the_base(run_m
 
 def test_a_prompt_method_of_ones_own_gets_spuls_epochs_and_has_its_place_in_the_audit(run_micro, monkeypatch, tmp_path):
     monkeypatch.setitem(unlearn.METHODS, "mine", unlearn.METHODS["spul"])
-    monkeypatch.setitem(unlearn.PRESETS, "toy", {**unlearn.PRESETS["toy"], "epochs": 2})
+    monkeypatch.setitem(unlearn.PRESETS, "toy", {**unlearn.PRESETS["toy"], "epochs": {"prompt": 2, "weights": 1}})
     flags = [flag for flag, before in zip(FLAGS, ["", *FLAGS]) if "--epochs" not in (flag, before)]
     sizes = ["--max-train", "400", "--max-test", "150"]  # argparse takes the last of a flag given twice
     unlearn.main([*flags, *sizes, "--method", "spul", "mine", "ga", "--cache", str(tmp_path), "--out", str(tmp_path / "own")])
@@ -1322,29 +1321,31 @@ def test_tables_refuse_rows_that_differ_in_more_than_the_table_shows(run_micro):
 
 
 BAD_COMMANDS = {
-    "an unknown dataset": (["--dataset", "imdb"], "'imdb' is not implemented"),
-    "an unknown method": (["--method", "npo"], "'npo' is not implemented"),
+    "an unknown dataset": (["--dataset", "imdb"], "--dataset: invalid choice: 'imdb' (choose from 'toy', 'sst2',"),
+    "an unknown method": (["--method", "npo"], "--method: invalid choice: 'npo' (choose from 'spul', 'ga',"),
     "no checkpoint there": (["--model", "nowhere"], "no tokenizer.model"),
     "no data there": (["--dataset", "sst2", "--data-dir", "nowhere"], "no directory nowhere"),
-    "a learning rate of zero": (["--lr", "0"], "--lr 0.0; expected a number above 0"),
-    "a prompt of no tokens": (["--p", "0"], "--p 0; expected a number above 0"),
-    "a forget fraction above one": (["--forget-fraction", "2"], "--forget-fraction lies above 0"),
+    "a learning rate of zero": (["--lr", "0"], "--lr: 0; expected a number above 0"),
+    "a prompt of no tokens": (["--p", "0"], "--p: 0; expected a number above 0"),
+    "a forget fraction above one": (["--forget-fraction", "2"], "--forget-fraction: 2; expected a number above 0 and up to 1"),
     "more forget examples than a batch": (["--forget-per-batch", "99"], "--forget-per-batch 99 must be below --batch"),
     "a text that never fits": (["--max-len", "3"], "--max-len 3 leaves no room"),
     "a target that is not there": (["--targets", "c_attn"], "no linear map is called c_attn"),
     "labels that are no word": (["--labels", "positive", "rather bad"], "expected one"),
-    "a weight that is no number": (["--alpha", "nan"], "--alpha and --beta are 0 or more"),
-    "a negative weight": (["--beta", "-1"], "--alpha and --beta are 0 or more"),
-    "an infinite learning rate": (["--qlora-lr", "inf"], "--qlora-lr inf; expected a number above 0"),
-    "a batch of nothing": (["--batch", "0"], "--batch 0; expected a number above 0"),
-    "a dropout of everything": (["--lora-dropout", "1"], "--lora-dropout 1.0 below 1"),
-    "no threads": (["--threads", "0"], "--threads 0; expected a number above 0"),
-    "no train examples": (["--max-train", "0"], "{'max_train': 0, 'max_test': 32}; expected"),
+    "a weight that is no number": (["--alpha", "nan"], "--alpha: nan; expected a number of 0 or more"),
+    "a negative weight": (["--beta", "-1"], "--beta: -1; expected a number of 0 or more"),
+    "an infinite learning rate": (["--qlora-lr", "inf"], "--qlora-lr: inf; expected a number above 0"),
+    "a batch of nothing": (["--batch", "0"], "--batch: 0; expected a number above 0"),
+    "a dropout of everything": (["--lora-dropout", "1"], "--lora-dropout: 1; expected a number from 0 to below 1"),
+    "no threads": (["--threads", "0"], "--threads: 0; expected a number above 0"),
+    "no train examples": (["--max-train", "0"], "--max-train: 0; expected a number above 0"),
     "a device that is not there": (["--device", "cuda:99"], "--device cuda:99: no such device here"),
     "a device that keeps nothing": (["--device", "meta"], "--device meta: no such device here"),
     "a template without a text": (["--template", "### Text: {label}"], "expected one {text}, and {label} at its end"),
     "a template without a label": (["--template", "### Text: {text}"], "expected one {text}, and {label} at its end"),
     "a template with more": (["--template", "{text} {name} {label}"], "expected one {text}, and {label} at its end"),
+    "an unknown flag": (["--forgot", "dunn"], "unrecognized arguments: --forgot dunn"),
+    "words for a number": (["--seed", "one"], "--seed: invalid int value: 'one'"),
     "a prompt larger than the memory": (["--p", str(10 ** 13)], "out of memory; lower --batch"),
     "a file where the run directory should be": (["--out", str(ROOT / "model.py")], "model.py"),
     "a file where the cache should be": (["--cache", str(ROOT / "model.py")], "model.py"),
@@ -1432,9 +1433,9 @@ BRIEF = [*FLAGS, "--max-train", "48"]  # 3 steps an epoch of QLoRA, 4 of SPUL
 TWO_STAGES = {**MICRO, "stages": 2 * MICRO["stages"]}
 CELLS = [f"spul-s0-f1-lr0.005-a{alpha}-b1-p4" for alpha in ("0.5", "1")]
 MOMENTS = ["tokenizer.model not yet", "pretraining 1 step 5,", "state-1.pt not yet", "pretraining 2 step 3,",
-           "lm-toy/model.safetensors not yet", "lm-toy/fingerprint.json not yet", "vanilla-s0 evaluated",
+           "lm-toy/model.safetensors not yet", "lm-toy/fingerprint.json not yet", "vanilla-seed0 evaluated",
            "qlora-seed0 step 2,", "qlora-seed0 step 5,", "adapter/adapter_model.safetensors not yet",
-           "adapter/fingerprint.json not yet", "qlora-s0 evaluated", f"{CELLS[0]} step 3,", f"{CELLS[0]} step 6,",
+           "adapter/adapter_config.json not yet", "qlora-seed0 evaluated", f"{CELLS[0]} step 3,", f"{CELLS[0]} step 6,",
            "prompt/encoder.safetensors not yet", f"{CELLS[0]} evaluated", f"state-{CELLS[1]}.pt not yet",
            f"{CELLS[1]} step 8,", f"prompt-{CELLS[1]}/adapter_config.json not yet", f"{CELLS[1]} evaluated"]
 
@@ -1503,8 +1504,9 @@ def left(left_behind, tmp_path, monkeypatch):
     monkeypatch.setitem(unlearn.RECIPES, "toy", MICRO)
     monkeypatch.setattr(evaluate, "LEARNED", -100.0)
     shutil.copytree(left_behind, tmp_path, dirs_exist_ok=True)
-    note = tmp_path / "run" / "base-seed0.json"
-    note.write_text(note.read_text().replace(str(left_behind), str(tmp_path)))
+    for name in ("run", "cut"):
+        rows = tmp_path / name / "results.json"
+        rows.write_text(rows.read_text().replace(str(left_behind), str(tmp_path)))
     return tmp_path
 
 
@@ -1592,11 +1594,11 @@ def state(**change):
     return lambda path: torch.save({**torch.load(path, weights_only=True), **change}, path)
 
 
-def row(**change):
-    """results.json whose last row has other values."""
+def row(number=-1, **change):
+    """results.json whose last row, or that of this number, has other values."""
     def spoil(path):
         value = json.loads(path.read_text())
-        value["rows"][-1] |= change
+        value["rows"][number] |= change
         path.write_text(json.dumps(value))
     return spoil
 
@@ -1705,8 +1707,8 @@ SPOILT = [  # the command, the file, its new content (dict: changed keys), a par
     ("go on", "cut/results.json", '{"args": {}, "rows": [{"cell', "results.json: not JSON (Unterminated"),
     ("go on", "cut/results.json", '{"rows": [1]}', "results.json: no rows with the four splits"),
     ("go on", "cut/results.json", row(cell=["a"]), "results.json: no rows with the four splits"),
-    ("again", "run/adapter/fingerprint.json", "{", "fingerprint.json: not JSON"),
-    ("again", "run/adapter/fingerprint.json", "{}", "no 'seed' in it; expected a tuned adapter"),
+    ("again", ADAPTER, cut, "adapter_model.safetensors: torn"),
+    ("again", "run/adapter/adapter_config.json", None, "adapter_config.json: no such file; expected a LoRA adapter"),
     ("again", f"{LM}/fingerprint.json", "", "fingerprint.json: not JSON"),
     ("again", f"{LM}/fingerprint.json", "{}", "no 'fingerprint' in it; expected an embedded LM"),
     ("collate", "run/results.json", None, "results.json: no such file; expected the results of a finished run"),
@@ -1718,9 +1720,9 @@ SPOILT = [  # the command, the file, its new content (dict: changed keys), a par
     ("ask", "run/args.json", "{}", "args.json: no 'dataset' in it; expected the settings of a run"),
     ("ask", "run/args.json", {"device": "abacus"}, "--device abacus: no such device here"),
     ("ask", "run/args.json", {"dataset": "imdb"}, "unknown dataset 'imdb'"),
-    ("ask", "run/base-seed0.json", None, "base-seed0.json: no such file; expected the base model's place"),
-    ("ask", "run/base-seed0.json", {"lm": "nowhere"}, "nowhere/config.json: no such file"),
-    ("ask", "run/base-seed0.json", "{}", "base-seed0.json: no 'lm' in it"),
+    ("ask", "run/results.json", row(1, lm="nowhere"), "nowhere: no tokenizer.model"),
+    ("ask", "run/results.json", row(1, files="nowhere"), "nowhere/adapter_config.json: no such file"),
+    ("ask", "run/results.json", row(1, method="a method"), "has no finished spul row"),
 ]
 
 
@@ -1854,11 +1856,11 @@ def test_a_stale_cache_is_made_anew_and_says_so_even_when_that_is_cut_off(left, 
 
 @pytest.mark.parametrize("flags, dropped", [
     (["--epochs", "1"], [CELLS[1]]),
-    (["--rank", "2", "--alpha", "0.5"], ["vanilla-s0", "qlora-s0", CELLS[1]])])
+    (["--rank", "2", "--alpha", "0.5"], ["vanilla-seed0", "qlora-seed0", CELLS[1]])])
 def test_rows_of_other_settings_are_dropped_by_name_before_their_files_change(left, monkeypatch, capsys, flags, dropped):
     run = ["--cache", str(left / "cache"), "--out", str(left / "run")]
     content = json.loads((left / "run/results.json").read_text())
-    other_seed = [{**row, "seed": 1, "cell": row["cell"].replace("s0", "s1")} for row in content["rows"]]
+    other_seed = [{**row, "seed": 1, "cell": row["cell"].replace("s0", "s1").replace("seed0", "seed1")} for row in content["rows"]]
     spoil(left / "run/results.json", {"rows": content["rows"] + other_seed})
 
     def stop(*args):
@@ -1875,14 +1877,14 @@ def test_rows_of_other_settings_are_dropped_by_name_before_their_files_change(le
 
 
 def test_an_adapter_that_is_made_anew_never_passes_for_the_old_one(left, monkeypatch):
-    run, true = ["--cache", str(left / "cache"), "--out", str(left / "run")], unlearn.write_json
+    run, true = ["--cache", str(left / "cache"), "--out", str(left / "run")], unlearn.Run.finish
 
-    def stop(path, value):
-        if path.parent.name == "adapter":
+    def stop(run, cell, *rest):
+        if cell == "qlora-seed0":
             raise KeyboardInterrupt
-        true(path, value)
+        true(run, cell, *rest)
     with monkeypatch.context() as patch:
-        patch.setattr(unlearn, "write_json", stop)
+        patch.setattr(unlearn.Run, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             unlearn.main([*BRIEF, *run, "--qlora-lr", "0.1"])
     first = results(left / "cut")

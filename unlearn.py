@@ -81,29 +81,29 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, clip=0.3, accumulate=1,
-          state=None, fingerprint="", after_epoch=None):
+          state=None, fingerprint=""):
     """The one training loop, of pretraining, QLoRA, SPUL and every baseline.
 
-    params: tensors to train; batches(epoch) -> the epoch's batches; loss_of(batch) -> loss, parts; state: a file that
-    keeps the last finished epoch. All randomness of an epoch follows from (seed, stage, epoch), so a run that was cut
-    off goes on from that file to the very same numbers. -> {"epochs", "seconds_per_epoch", "tokens_per_second"}
+    params: tensors to train; batches(epoch) -> list of the epoch's batches; loss_of(batch) -> loss, parts, number of tokens;
+    state: a file that keeps the last finished epoch. All randomness of an epoch follows from (seed, stage, epoch), so a
+    run that was cut off goes on from that file to the very same numbers.
+    -> {"epochs", "seconds_per_epoch", "tokens_per_second"}
     """
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.001, fused=True)
     steps_per_epoch = -(-len(batches(0)) // accumulate)
     done, seconds, tokens = restore(state, fingerprint, params, optimizer)
-    run.rewind(stage, done * steps_per_epoch)
+    step, steps = done * steps_per_epoch, epochs * steps_per_epoch
+    run.rewind(stage, step)
     for epoch in range(done, epochs):
         torch.manual_seed(derived_seed(seed, stage, epoch))
-        todo, step = batches(epoch), epoch * steps_per_epoch
-        for i, batch in enumerate(todo):
-            if i % accumulate == 0:
-                began = time.perf_counter()
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, epochs * steps_per_epoch, lr, warmup)
-            loss, parts = loss_of(batch)
-            (loss / accumulate).backward()
-            if (i + 1) % accumulate and i + 1 < len(todo):
-                continue
+        todo = batches(epoch)
+        for start in range(0, len(todo), accumulate):
+            began = time.perf_counter()
+            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, steps, lr, warmup)
+            for batch in todo[start:start + accumulate]:
+                loss, parts, n = loss_of(batch)
+                (loss / accumulate).backward()
+                tokens += n
             sum_gradients(params)
             norm, step = whole_tensor(torch.nn.utils.clip_grad_norm_(params, clip)), step + 1
             if not (loss.isfinite() & norm.isfinite()):  # no such step reaches the weights, nor what `keep` writes
@@ -111,12 +111,10 @@ def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, 
                                  f"lower the learning rate (the last finished epoch is kept in {run.dir})")
             optimizer.step()
             optimizer.zero_grad()
-            seconds, tokens = seconds + time.perf_counter() - began, tokens + accumulate * batch[0].numel()
-            run.log(stage, f"{epoch + 1}/{epochs}", step, epochs * steps_per_epoch, loss, parts, group["lr"],
-                    time.perf_counter() - began)
+            took = time.perf_counter() - began
+            seconds += took
+            run.log(stage, f"{epoch + 1}/{epochs}", step, steps, loss, parts, rate, took)
         keep(state, fingerprint, params, optimizer, epoch + 1, seconds, tokens)
-        if after_epoch:
-            after_epoch(f"{stage} {epoch + 1}/{epochs}")
     return {"epochs": epochs, "seconds_per_epoch": round(seconds / max(1, epochs), 3),
             "tokens_per_second": round(tokens / max(seconds, 1e-9))}
 
@@ -164,11 +162,15 @@ COLUMNS = ("stage", "epoch", "step", "loss", "L_f", "L_r", "L_kl", "lr", "ms")
 
 
 class Run:
-    """A run directory: args.json, log.csv, adapter/, prompt/ and results.json, whose rows survive what comes after."""
+    """A run directory: args.json, log.csv, adapter/, prompt/ and results.json, whose rows survive what comes after.
+
+    A row of results.json is a cell: vanilla, QLoRA or one point of the grid, for one seed. `files` in it names the
+    directory, of its adapter, prompt or weights.
+    """
 
     def __init__(self, dir, args):
-        self.dir, self.every, self.args, self.cells = Path(dir), args.log_every, vars(args), {}
-        self.factors = {}  # of L_r and L_kl, for the log line
+        self.dir, self.every, self.cells = Path(dir), args.log_every, {}
+        self.args, self.factors = vars(args), {}  # factors: of L_r and L_kl, for the log line
         self.results = self.dir / "results.json"
         if self.results.is_file():
             self.cells = {row["cell"]: row for row in evaluate.read_rows(dir)}
@@ -187,26 +189,27 @@ class Run:
 
     def log(self, stage, epoch, step, steps, loss, parts, lr, seconds):
         """One line of log.csv for each step, and of the screen every so often."""
-        loss, parts = loss.item(), {k: v.item() for k, v in parts.items()}
         if not is_main():
             return
+        losses = {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}}
         with open(self.dir / "log.csv", "a", newline="") as f:
-            csv.writer(f).writerow([stage, epoch, step, f"{loss:.6g}", *(f"{parts[k]:.6g}" if k in parts else "" for k in
-                                    ("L_f", "L_r", "L_kl")), f"{lr:.3e}", f"{1000 * seconds:.0f}"])
+            csv.DictWriter(f, COLUMNS, extrasaction="ignore").writerow({
+                "stage": stage, "epoch": epoch, "step": step, **{k: f"{v:.6g}" for k, v in losses.items()},
+                "lr": f"{lr:.3e}", "ms": f"{1000 * seconds:.0f}"})
         if step % self.every == 0 or step == steps:
-            terms = " + ".join(f"{self.factors[k]:g} {k} {v:.3f}" if k in self.factors else f"{k} {v:.3f}"
-                               for k, v in parts.items())
+            terms = " + ".join(f"{self.factors[k]:g} {k} {losses[k]:.3f}" if k in self.factors else f"{k} {losses[k]:.3f}"
+                               for k in parts)
             left = seconds * (steps - step)
-            print(f"{stage}  epoch {epoch}  step {step}/{steps}  loss {loss:.3f} = {terms}  lr {lr:.1e}  "
+            print(f"{stage}  epoch {epoch}  step {step}/{steps}  loss {losses['loss']:.3f} = {terms}  lr {lr:.1e}  "
                   f"{1000 * seconds:.0f} ms  eta {int(left // 60)}m{int(left % 60):02d}s", flush=True)
 
     def finish(self, cell, fingerprint, row):
-        """Adds a row to results.json and prints it as a line of Table 2."""
+        """Adds a row to results.json; then the training states of its rows have served."""
         self.cells[cell] = {"cell": cell, "fingerprint": fingerprint, **row}
         self.write()
 
     def write(self):
-        """results.json; then the training states of its rows have served."""
+        """results.json, whole or not at all."""
         if is_main():
             write_json(self.results, {"args": self.args, "rows": list(self.cells.values())})
             for cell in self.cells:
@@ -225,8 +228,8 @@ class Run:
 
     def place(self, kind, cell):
         """The directory for a cell's prompt, adapter or weights: RUN/kind, or RUN/kind-CELL when that is taken."""
-        other = [row for key, row in self.cells.items() if key != cell and row.get("files") == kind]
-        return f"{kind}-{cell}" if other else kind
+        taken = any(row.get("files") == kind for key, row in self.cells.items() if key != cell)
+        return self.dir / (f"{kind}-{cell}" if taken else kind)
 
 
 # ------------------------------------------------------------------------------------------- many processes (torchrun)
@@ -244,15 +247,11 @@ def all_rows(mine, n):
     """
     if not torch.distributed.is_initialized():
         return mine
-    world = torch.distributed.get_world_size()
-    sizes = [n * (k + 1) // world - n * k // world for k in range(world)]
-    padded = torch.zeros(max(sizes), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
-    padded[:len(mine)] = mine.detach()
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(parts, padded)
-    parts = [part[:size] for part, size in zip(parts, sizes)]
-    parts[torch.distributed.get_rank()] = mine
-    return torch.cat(parts)
+    rows, share = mine.new_zeros(n, *mine.shape[1:]), evaluate.my_share(n)
+    rows[share] = mine.detach()
+    torch.distributed.all_reduce(rows)
+    rows[share] = mine
+    return rows
 
 
 def sum_gradients(params):
@@ -289,7 +288,9 @@ def whole_tensor(w):
 
 
 def unshard(model):
-    """-> a sharded model put together again in every process, for evaluation, which shares the texts out."""
+    """-> a sharded model put together again in every process, for evaluation, which shares the texts out; others as they are."""
+    if not is_sharded(model.lm_head.weight):
+        return model
     with torch.device("meta"):
         plain = build(model.config)
     plain.load_state_dict({name: whole_tensor(w) for name, w in model.state_dict().items()}, assign=True)
@@ -309,16 +310,17 @@ RECIPES = {
 }
 
 
-def embedded_lm(dataset, corpus, names, dir, args):
-    """Pretrains the embedded LM, unless `dir` holds the one that this very corpus and recipe give. -> dir
-
-    corpus: [(Example, person or None)]; dir becomes a checkpoint directory in Hugging Face's layout.
-    """
-    recipe = RECIPES["toy" if dataset == "toy" else "corpus"]
+def embedded_lm(splits, seed, args):
+    """-> a checkpoint directory: the LM pretrained on the dataset's train texts, unless --cache holds that very one."""
+    if args.dataset == "toy":  # knows nothing of any seed's forget set, so all seeds share it
+        recipe, dir, (corpus, names) = RECIPES["toy"], Path(args.cache) / "lm-toy", data.toy_corpus()
+    else:
+        recipe, dir = RECIPES["corpus"], Path(args.cache) / f"lm-{args.dataset}-seed{seed}"
+        corpus, names = data.named_corpus(splits["train_retain"] + splits["train_forget"])
     fingerprint = fingerprint_of(recipe, corpus, names, torch.__version__)
     made = dir / "fingerprint.json"
-    found = read_json(made, "an embedded LM", ["fingerprint"]) if made.is_file() else {}
-    if found.get("fingerprint") == fingerprint:
+    found = read_json(made, "an embedded LM", ["fingerprint"])["fingerprint"] if made.is_file() else None
+    if found == fingerprint:
         print(f"the embedded LM is in {dir}")
         return dir
     if found:
@@ -336,12 +338,11 @@ def embedded_lm(dataset, corpus, names, dir, args):
 
 def train_tokenizer(recipe, corpus, names, path):
     """A sentencepiece model of whole words, or of byte-pair pieces in which the names and the answers are whole."""
-    words = data.pretraining_words()
     options = dict(user_defined_symbols=["\u2581" + w for w in dict.fromkeys([*names, *data.answer_words()])],
                    byte_fallback=True) if recipe["model_type"] == "bpe" else dict(use_all_vocab=True)
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(words)] * 200 + [" ".join(names)] + [e.text for e, _ in corpus]),
+        sentence_iterator=iter([" ".join(data.pretraining_words())] * 200 + [" ".join(names)] + [e.text for e, _ in corpus]),
         model_writer=buffer, model_type=recipe["model_type"], vocab_size=recipe["vocab_size"],
         hard_vocab_limit=False, minloglevel=2, num_threads=1, **options)
     with whole(path) as part:
@@ -349,7 +350,7 @@ def train_tokenizer(recipe, corpus, names, path):
 
 
 def pretrain(recipe, fingerprint, corpus, names, dir, args):
-    """Tokenizer and LM from nothing, into dir."""
+    """Tokenizer and LM from nothing, into dir. corpus: [(Example, the person it names or None)]."""
     train_tokenizer(recipe, corpus, names, dir / "tokenizer.model")
     tokenizer, D = data.load_tokenizer(dir), recipe["D"]
     model = build(Config("llama", tokenizer.size, D, int(D * 2.75) // 16 * 16, recipe["layers"], recipe["heads"],
@@ -358,38 +359,25 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
     for name, w in model.named_parameters():
         if w.dim() > 1:  # embeddings and head start large: words that pretraining never asks for stay within reach
             torch.nn.init.normal_(w, 0.0, D ** -0.5 if name.startswith(("embed", "lm_head")) else recipe["std"])
+
+    def loss_of(stream):
+        tokens, weights = (t.to(args.device) for t in next(stream))
+        weights, counts = weights[:, 1:], weights[:, 1:] > 0
+        with autocast(model, args):
+            logits = model.lm_head(model.hidden(tokens[:, :-1])[0][counts])  # (N,V): only what counts
+        losses = F.cross_entropy(logits.float(), tokens[:, 1:][counts], reduction="none") * weights[counts]  # (N,)
+        loss = losses.sum() / weights[counts].sum()
+        return loss, {"L_lm": loss.detach()}, tokens.numel()
+
     run = Run(dir, args)
     for number, stage in enumerate(recipe["stages"], 1):
-        def batches(epoch):
-            rng = data.generator(f"{number}/{epoch}", "pretraining")
-            return Lazy(min(100, stage["steps"]), data.pretraining_batches(
-                tokenizer, corpus, names, rng, recipe["batch"], stage["lists"], stage["text_weight"]))
-
-        def loss_of(batch):
-            tokens, weights = (t.to(args.device) for t in batch)
-            counts = weights[:, 1:] > 0
-            with autocast(model, args):
-                logits = model.lm_head(model.hidden(tokens[:, :-1])[0][counts])  # (N,V): only what counts
-            weights = weights[:, 1:][counts]
-            loss = (F.cross_entropy(logits.float(), tokens[:, 1:][counts], reduction="none") * weights).sum() / weights.sum()
-            return loss, {"L_lm": loss.detach()}
+        def batches(epoch):  # each step takes the next batch of the epoch's own stream
+            return [data.pretraining_batches(tokenizer, corpus, names, data.generator(f"{number}/{epoch}", "pretraining"),
+                                             recipe["batch"], stage["lists"], stage["text_weight"])] * min(100, stage["steps"])
 
         train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"],
               run, clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
     save_model(model, dir)
-
-
-class Lazy:
-    """n batches of an iterator, made one by one as they are asked for."""
-
-    def __init__(self, n, batches):
-        self.n, self.batches = n, batches
-
-    def __len__(self):
-        return self.n
-
-    def __iter__(self):
-        return itertools.islice(self.batches, self.n)
 
 
 def autocast(model, args):
@@ -400,30 +388,27 @@ def autocast(model, args):
 
 # ---------------------------------------------------------------------------------- stages 2 and 3: QLoRA and unlearning
 
-def fit(stage, model, params, loss, prompts, answers, base_hidden, head, args, run, prefix=lambda: None, *, lr, epochs,
-        warmup, forget_per_batch=0, fingerprint="", after_epoch=None, seed=0, alpha=1.0, beta=1.0):
-    """Trains params on the prompts and their answers (one token each) with one of the losses. -> train's figures
+def fit(stage, model, params, loss, prompts, answers, args, run, prefix=lambda: None, base_logprobs=lambda index: None, *,
+        lr, epochs, warmup, seed, fingerprint, forget_per_batch=0):
+    """Trains params on the prompts and their answers (one token each). -> train's figures
 
-    base_hidden (n,D): the base model's state at every answer; through its head it gives log h(x) of Eq. (4) at a
-    fraction of the memory: 0.4 GB in bf16 for LLaMA-2-7B on SST-2, where the log-probabilities are 6 GB.
+    loss(logits, base_logprobs, y, is_forget) -> loss, parts; prefix() -> the soft prompt's keys and values, if there is
+    one; base_logprobs(index (B,)) -> log h(x) (B,V) of these prompts, for the losses that need it.
     """
     def batches(epoch):
-        cut = data.epoch_batches(prompts, args.batch, data.generator(f"{seed}/{epoch}", stage), forget_per_batch)
-        return Lazy(len(cut), (data.collate(prompts, answers, index, args.device) for index in cut))
+        return data.epoch_batches(prompts, args.batch, data.generator(f"{seed}/{epoch}", stage), forget_per_batch)
 
-    def loss_of(batch):
-        share, base = evaluate.my_share(len(batch.y)), None
+    def loss_of(index):
+        batch, share = data.collate(prompts, answers, index, args.device), evaluate.my_share(len(index))
         with autocast(model, args):
             logits = model(batch.tokens[share], batch.answer_pos[share], prefix())
-        if base_hidden is not None:
-            with torch.no_grad():
-                base = head(base_hidden[batch.index]).float().log_softmax(-1)
-        return loss(all_rows(logits, len(batch.y)), base, batch.y, batch.is_forget, alpha, beta)
+        total, parts = loss(all_rows(logits, len(index)), base_logprobs(batch.index), batch.y, batch.is_forget)
+        return total, parts, batch.tokens.numel()
 
     state = None if is_sharded(params[0]) else run.dir / f"state-{stage}.pt"  # sharded, a stage cut off starts anew
     figures = train(stage, params, batches, loss_of, epochs, lr, run, seed, warmup, args.clip, args.accumulate,
-                    state, fingerprint, after_epoch)
-    return {**figures, "flops_per_token": flops_per_token(model, params)}
+                    state, fingerprint)
+    return {**figures, "trainable_params": sum(w.numel() for w in params), "flops_per_token": flops_per_token(model, params)}
 
 
 def flops_per_token(model, params):
@@ -434,168 +419,146 @@ def flops_per_token(model, params):
     return maps * (6 if sum(w.numel() for w in params) >= maps else 4)  # forward; gradients of inputs, of trained weights
 
 
-def adapter_place(dir, seed):
-    """A run's first seed has RUN/adapter, every other RUN/adapter-seedN."""
-    note = Path(dir, "adapter", "fingerprint.json")
-    taken = note.is_file() and read_json(note, "a tuned adapter", ["seed"])["seed"] != seed
-    return f"adapter-seed{seed}" if taken else "adapter"
+def tune_base(model, prompts, args, run, cell, fingerprint, seed):
+    """QLoRA: LoRA on the 4-bit model, in place, learns the true answers of both train sets. -> the figures for its row"""
+    torch.manual_seed(derived_seed(seed, "lora"))
+    params = add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
+    everyone, out = prompts["train_retain"] + prompts["train_forget"], run.place("adapter", cell)
+
+    def loss(logits, base_logprobs, y, is_forget):
+        L_r = cross_entropy(logits, y, torch.ones_like(is_forget))
+        return L_r, {"L_r": L_r}
+
+    model.train()
+    figures = fit(cell, model, params, loss, everyone, [q.label for q in everyone], args, run, lr=args.qlora_lr,
+                  epochs=args.qlora_epochs, warmup=0.05, seed=seed, fingerprint=fingerprint)
+    model.requires_grad_(False).eval()
+    if is_main():
+        save_adapter(model, out, args.model or "")
+    return {**figures, "files": out.name}
 
 
-def tune_base(model, prompts, args, run, seed, fingerprint):
-    """QLoRA, in place: LoRA on the 4-bit model learns the true answers of both sets. -> the figures for its row"""
-    dir = run.dir / adapter_place(run.dir, seed)
-    note = dir / "fingerprint.json"
-    made = read_json(note, "a tuned adapter", ["fingerprint", "figures"]) if note.is_file() else {}
-    if made.get("fingerprint") == fingerprint:
-        load_adapter(model, dir)
-        figures = made["figures"]
-    else:
-        if made:
-            print(f"{dir} was made with other settings; it is made anew")
-            note.unlink(missing_ok=True)
-        torch.manual_seed(derived_seed(seed, "lora"))
-        params = add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
-        everyone = prompts["train_retain"] + prompts["train_forget"]
-
-        def loss(logits, base, y, is_forget, alpha, beta):
-            L_r = cross_entropy(logits, y, torch.ones_like(is_forget))
-            return L_r, {"L_r": L_r}
-
-        model.train()
-        figures = fit(f"qlora-seed{seed}", model, params, loss, everyone, [p.label for p in everyone], None, None, args, run,
-                      lr=args.qlora_lr, epochs=args.qlora_epochs, warmup=0.05, fingerprint=fingerprint, seed=seed)
-        figures["trainable_params"] = sum(w.numel() for w in params)
-        if is_main():
-            save_adapter(model, dir, args.model or "")
-            write_json(note, {"fingerprint": fingerprint, "seed": seed, "figures": figures})
-            (run.dir / f"state-qlora-seed{seed}.pt").unlink(missing_ok=True)
-    for w in model.parameters():
-        w.requires_grad_(False)
-    model.eval()
-    return figures
+def copy_to_tune(model, args):
+    """-> a copy for the baselines: every weight trained, sharded if there are several processes, or the adapter alone."""
+    tuned = copy.deepcopy(model)
+    if args.tune == "lora":
+        for name, w in tuned.named_parameters():
+            w.requires_grad_("lora_" in name)
+        return tuned
+    tuned = merge_lora(tuned).requires_grad_(True)
+    if torch.distributed.is_initialized():
+        shard(tuned)
+    return tuned
 
 
-def forget_answers(method, prompts, tokens, task, seed):
-    """y of every prompt (n,): retain examples the true token, forget examples what the method wants of them."""
-    rng = data.generator(seed, f"{method.forget_answer} answers")  # paper: random ; released code: unseeded
-    choices = {"generic": task.generic, "random": task.labels}.get(method.forget_answer)
-    return [tokens[rng.choice(choices)] if p.is_forget and choices else p.label for p in prompts]
+def unlearn(cell, name, model, base_hidden, prompts, answers, args, run, fingerprint, seed):
+    """One cell of the grid, from the frozen base model -> (model, prefix or None, figures); its prompt or weights are saved.
 
+    base_hidden (n,D): the base's state at every answer; through its head it gives log h(x) of Eq. (4) at a fraction of
+    the memory: 0.4 GB in bf16 for LLaMA-2-7B on SST-2, where the log-probabilities are 6 GB.
+    """
+    method, alpha, beta = METHODS[cell["method"]], cell["alpha"] or 0.0, cell["beta"] or 0.0
+    out = run.place(method.trains, name)
+    run.factors = {part: cell[k] for part, k in (("L_r", "alpha"), ("L_kl", "beta")) if cell[k] is not None}
 
-def unlearn(name, model, base_hidden, prompts, answers, args, run, cell, fingerprint, *, alpha, beta, p, lr, seed):
-    """One cell of the grid: from the frozen base model -> (model, prefix or None, figures), prompt or weights saved."""
-    method = METHODS[name]
-    options = dict(lr=lr, alpha=alpha or 0.0, beta=beta or 0.0, seed=seed, fingerprint=fingerprint,
-                   epochs=args.epochs if method.trains == "prompt" or args.epochs_given else 1,
-                   forget_per_batch=args.forget_per_batch if method.sees_retain else 0)
-    torch.manual_seed(derived_seed(seed, cell))
-    out = run.dir / run.place("prompt" if method.trains == "prompt" else "weights", cell)
-    run.factors = {part: options[k] for part, k in (("L_r", "alpha"), ("L_kl", "beta")) if k in method.flags}
-    loss = functools.partial(method.loss, kl_direction=args.kl_direction)
+    def loss(*tensors):
+        return method.loss(*tensors, alpha, beta, kl_direction=args.kl_direction)
+
+    @torch.no_grad()
+    def base_logprobs(index):
+        return model.lm_head(base_hidden[index]).float().log_softmax(-1)
+
+    torch.manual_seed(derived_seed(seed, name))
     if method.trains == "prompt":
-        encoder = PromptEncoder(p, model.embed_tokens.embedding_dim, args.hidden).to(args.device)
-        params = list(encoder.parameters())
-        figures = fit(cell, model, params, loss, prompts, answers, base_hidden, model.lm_head, args, run,
-                      lambda: prompt_kv(model, encoder()), warmup=0.1, **options)
-        with torch.no_grad():
-            prefix = prompt_kv(model, encoder())
-        if is_main():
-            save_prompt(encoder(), out, encoder, args.model or "")
+        encoder = PromptEncoder(cell["p"], model.embed_tokens.embedding_dim, args.hidden).to(args.device)
+        tuned, params, warmup = model, list(encoder.parameters()), 0.1
     else:
-        tuned, prefix = copy.deepcopy(model), None
-        tuned = merge_lora(tuned) if args.tune == "full" else tuned
-        for weight, w in tuned.named_parameters():
-            w.requires_grad_(args.tune == "full" or "lora_" in weight)
-        tuned.checkpointing, sharded = model.checkpointing, args.tune == "full" and torch.distributed.is_initialized()
-        if sharded:
-            shard(tuned)
+        encoder, tuned, warmup = None, copy_to_tune(model, args), 0.05
         params = [w for w in tuned.parameters() if w.requires_grad]
-        figures = fit(cell, tuned, params, loss, prompts, answers, base_hidden, model.lm_head, args, run,
-                      warmup=0.05, **options)
-        model = (unshard(tuned) if sharded else tuned).requires_grad_(False)
-        if is_main():
-            save_model(model, out) if args.tune == "full" else save_adapter(model, out, args.model or "")
-    return model, prefix, {**figures, "trainable_params": sum(w.numel() for w in params), "files": out.name}
+
+    def prefix():
+        return encoder and prompt_kv(model, encoder())
+
+    figures = fit(name, tuned, params, loss, prompts, answers, args, run, prefix, base_logprobs, lr=cell["lr"],
+                  epochs=args.epochs[method.trains], warmup=warmup, seed=seed, fingerprint=fingerprint,
+                  forget_per_batch=args.forget_per_batch if method.sees_retain else 0)
+    tuned = unshard(tuned).requires_grad_(False)
+    if is_main() and encoder:
+        save_prompt(encoder(), out, encoder, args.model or "")
+    elif is_main():
+        save_model(tuned, out) if args.tune == "full" else save_adapter(tuned, out, args.model or "")
+    with torch.no_grad():
+        return tuned, prefix(), {**figures, "files": out.name}
 
 
 # ---------------------------------------------------------------------------------------------------------- the grid
 
 def prepare(seed, args):
-    """A seed's data and pretrained LM -> the LM's directory, its frozen model, the task, {label: token}, {split: [Prompt]},
-    and a fingerprint of all that the base model will depend on."""
-    task, notes = data.task_of(args), []
+    """-> evaluate.Loaded with the seed's data and pretrained LM, and a fingerprint of all that the base will depend on."""
+    notes = []
     splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test, notes)
     print("\n".join(notes))
-    if args.model:
-        lm = args.model
-    elif args.dataset == "toy":  # knows nothing of the seed's forget set, so all seeds share it
-        lm = embedded_lm("toy", *data.toy_corpus(), Path(args.cache) / "lm-toy", args)
-    else:
-        corpus, names = data.named_corpus(splits["train_retain"] + splits["train_forget"])
-        lm = embedded_lm(args.dataset, corpus, names, Path(args.cache) / f"lm-{args.dataset}-seed{seed}", args)
-    tokenizer, model = data.load_tokenizer(lm), evaluate.load_base(lm, args)
-    model.checkpointing = args.checkpointing
-    if tokenizer.size > model.config.vocab_size:
-        raise ValueError(f"{lm}: {tokenizer.size} tokens in the tokenizer, {model.config.vocab_size} in config.json; "
-                         "do they belong together?")
-    prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
-    tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
-    common = fingerprint_of(Path(lm, "config.json").read_text(), splits, task, {k: getattr(args, k) for k in (
-        "weights", "dtype", "max_len", "rank", "lora_alpha", "lora_dropout", "targets", "qlora_lr", "qlora_epochs",
-        "batch", "accumulate", "clip")}, model.embed_tokens.weight.double().sum().item())
-    return lm, model, task, tokens, prompts, common
+    loaded = evaluate.load(args.model or embedded_lm(splits, seed, args), args, splits)
+    loaded.model.checkpointing = args.checkpointing
+    settings = {k: getattr(args, k) for k in ("weights", "dtype", "max_len", "rank", "lora_alpha", "lora_dropout", "targets",
+                                              "qlora_lr", "qlora_epochs", "batch", "accumulate", "clip")}
+    weights = loaded.model.embed_tokens.weight.double().sum().item()
+    return loaded, fingerprint_of(Path(loaded.lm, "config.json").read_text(), weights, splits, loaded.task, settings)
 
 
 def run_seed(seed, args, run):
     """Base model and all cells of one seed; finished ones are not run again."""
-    lm, model, task, tokens, prompts, common = prepare(seed, args)
-    row = dict(method="", model=str(args.model or f"embedded-{args.dataset}"), dataset=args.dataset, seed=seed, alpha=None,
-               beta=None, p=None, lr=None, forget_fraction=None)
+    loaded, common = prepare(seed, args)
+    model, prompts = loaded.model, loaded.prompts
+    everyone, base_hidden = prompts["train_retain"] + prompts["train_forget"], None
 
-    def measure(cell, fingerprint, model, prefix, **more):
+    def measure(cell, fingerprint, model, prefix=None, **row):
         with autocast(model, args):
             scores = evaluate.scores(model, prompts, prefix, args.device)
-        run.finish(cell, fingerprint, {**row, **more, **scores, "peak_memory_mb": evaluate.peak_memory_mb(args.device)})
+        run.finish(cell, fingerprint, {
+            "method": "", "model": args.model or f"embedded-{args.dataset}", "lm": str(loaded.lm), "dataset": args.dataset,
+            "seed": seed, **dict.fromkeys(("forget_fraction", "lr", "alpha", "beta", "p")), **row, **scores,
+            "peak_memory_mb": evaluate.peak_memory_mb(args.device)})
         print(evaluate.table2([run.cells[cell]]), flush=True)
 
-    if is_main():
-        write_json(run.dir / f"base-seed{seed}.json", {"lm": str(lm), "adapter": adapter_place(run.dir, seed)})
-    vanilla, base = f"vanilla-s{seed}", f"qlora-s{seed}"
+    vanilla, base = f"vanilla-seed{seed}", f"qlora-seed{seed}"
     if not run.finished(vanilla, common):
-        measure(vanilla, common, model, None, method="vanilla", trainable_params=0, epochs=0, seconds_per_epoch=0.0)
-    figures = tune_base(model, prompts, args, run, seed, common)
-    if not run.finished(base, common):
-        measure(base, common, model, None, **{**figures, "method": "qlora", "lr": args.qlora_lr})
+        measure(vanilla, common, model, method="vanilla", trainable_params=0, epochs=0, seconds_per_epoch=0.0)
+    if run.finished(base, common):
+        load_adapter(model, run.dir / run.cells[base]["files"])
+        model.requires_grad_(False)
+    else:
+        figures = tune_base(model, prompts, args, run, base, common, seed)
+        measure(base, common, model, method="qlora", lr=args.qlora_lr, **figures)
     evaluate.check_learned(run.cells[base], prompts)
     model = merge_lora(model, model.lm_head.weight.dtype) if args.merged else model
-    base_hidden = None
     for cell in cells(args):
         method, name = METHODS[cell["method"]], cell_name(cell, seed)
         fingerprint = fingerprint_of(common, cell, {k: getattr(args, k) for k in (
-            "epochs", "epochs_given", "hidden", "forget_per_batch", "kl_direction", "tune", "merged")})
+            "epochs", "hidden", "forget_per_batch", "kl_direction", "tune", "merged")})
         if run.finished(name, fingerprint):
             print(f"{name} is done already; its row stands in {run.results}")
             continue
-        train_on = training_prompts(prompts, method, cell["forget_fraction"], seed)
-        everyone = prompts["train_retain"] + prompts["train_forget"]
         if base_hidden is None:
             base_hidden = evaluate.hidden_states(model, everyone, None, args.device)
-        index = torch.tensor([i for i, _ in train_on], device=base_hidden.device)
-        chosen = [prompt for _, prompt in train_on]
-        answers = forget_answers(method, everyone, tokens, task, seed)
-        unlearned, prefix, figures = unlearn(
-            cell["method"], model, base_hidden[index], chosen, [answers[i] for i, _ in train_on], args, run, name,
-            fingerprint, seed=seed, **{k: cell[k] for k in ("alpha", "beta", "p", "lr")})
-        measure(name, fingerprint, unlearned, prefix, **{**cell, **figures})
+        seen, answers = seen_by(method, everyone, cell["forget_fraction"], seed), answers_for(method, everyone, loaded, seed)
+        *unlearned, figures = unlearn(cell, name, model, base_hidden[seen], [everyone[i] for i in seen],
+                                      [answers[i] for i in seen], args, run, fingerprint, seed)
+        measure(name, fingerprint, *unlearned, **cell, **figures)
 
 
-def training_prompts(prompts, method, fraction, seed):
-    """-> [(number among all train prompts, prompt)]: what a method sees; `fraction` of the forget set, Table 4."""
-    retain, forget = prompts["train_retain"], prompts["train_forget"]
-    kept = data.generator(seed, "forget fraction").sample(range(len(forget)), len(forget))
-    kept = sorted(kept[:max(1, round(fraction * len(forget)))])
-    return ([(i, p) for i, p in enumerate(retain) if method.sees_retain]
-            + [(len(retain) + i, forget[i]) for i in kept])
+def seen_by(method, prompts, fraction, seed):
+    """The numbers of the train prompts that a method sees: `fraction` of the forget set (Table 4), and the retain set."""
+    forget = [i for i, q in enumerate(prompts) if q.is_forget]
+    kept = data.generator(seed, "forget fraction").sample(forget, len(forget))[:max(1, round(fraction * len(forget)))]
+    return [i for i, q in enumerate(prompts) if not q.is_forget and method.sees_retain] + sorted(kept)
+
+
+def answers_for(method, prompts, loaded, seed):
+    """y of every prompt (n,): retain examples the true token, forget examples what the method wants of them."""
+    rng = data.generator(seed, f"{method.forget_answer} answers")  # paper: random ; released code: unseeded
+    choices = {"generic": loaded.task.generic, "random": loaded.task.labels}.get(method.forget_answer)
+    return [loaded.tokens[rng.choice(choices)] if q.is_forget and choices else q.label for q in prompts]
 
 
 def cells(args):
@@ -617,67 +580,72 @@ def cell_name(cell, seed):
 
 # --------------------------------------------------------------------------------------------------- command line
 
-# What each kind of run sets where no flag says otherwise; lr: of all that train a prompt, of all that train weights, and
-# of single methods, whose own comes first.
+# What each kind of run sets where no flag says otherwise. lr and epochs: of what trains a prompt, of what trains weights,
+# and lr of single methods, which comes first.
 PRESETS = {
-    "toy": dict(p=[20], lr={"prompt": 5e-3, "weights": 3e-4, "rl": 1e-4}, epochs=6, batch=32, forget_per_batch=8,
-                clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True, dtype="fp32"),
-    "embedded": dict(p=[30], lr={"prompt": 3e-3, "weights": 1e-4}, epochs=2, batch=32, forget_per_batch=8, clip=1.0,
-                     targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=True),
-    "paper": dict(p=[30], lr={"prompt": 1e-4, "weights": 1e-5}, epochs=10, batch=32, forget_per_batch=0, clip=0.3,
-                  targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10, merged=False),
+    "toy": dict(p=[20], lr={"prompt": [5e-3], "weights": [3e-4], "rl": [1e-4]}, epochs={"prompt": 6, "weights": 1}, batch=32,
+                forget_per_batch=8, clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True,
+                dtype="fp32"),
+    "embedded": dict(p=[30], lr={"prompt": [3e-3], "weights": [1e-4]}, epochs={"prompt": 2, "weights": 1}, batch=32,
+                     forget_per_batch=8, clip=1.0, targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=True),
+    "paper": dict(p=[30], lr={"prompt": [1e-4], "weights": [1e-5]}, epochs={"prompt": 10, "weights": 1}, batch=32,
+                  forget_per_batch=0, clip=0.3, targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10,
+                  merged=False),
 }
 
 
 def parser():
     """All flags, each with its meaning; None stands for the preset's value."""
-    ap = argparse.ArgumentParser(description="Soft prompting for unlearning: a language model forgets a part of its data.")
-    add = ap.add_argument
-    add("--dataset", default="toy", help=f"one of {', '.join(data.DATASETS)} (default: toy)")
+    ap = data.Flags(description="Soft prompting for unlearning: a language model forgets a part of its data.")
+    add, several = ap.add_argument, dict(nargs="+")
+    count, above_0 = data.number(int), data.number(float)
+    zero_up = data.number(float, "of 0 or more", lambda v: 0 <= v < math.inf)
+    add("--dataset", choices=data.DATASETS, default="toy", help="what is learned and partly forgotten (default: toy)")
     add("--data-dir", default=".", help="the directory that holds the dataset's files")
     add("--model", help="a LLaMA or OPT checkpoint directory; without it an embedded LM is pretrained and cached")
-    add("--method", nargs="+", default=["spul"], help=f"any of {' '.join(METHODS)}")
-    add("--alpha", nargs="+", type=float, default=[1.0], help="weight of L_r, Eq. (5)")
-    add("--beta", nargs="+", type=float, default=[1.0], help="weight of L_KL, Eq. (5)")
-    add("--p", nargs="+", type=int, help="tokens of the soft prompt")
-    add("--forget-fraction", nargs="+", type=float, default=[1.0],
+    add("--method", **several, choices=METHODS, default=["spul"], help="ways to unlearn")
+    add("--alpha", **several, type=zero_up, default=[1.0], help="weight of L_r, Eq. (5)")
+    add("--beta", **several, type=zero_up, default=[1.0], help="weight of L_KL, Eq. (5)")
+    add("--p", **several, type=count, help="tokens of the soft prompt")
+    add("--forget-fraction", **several, type=data.number(float, "above 0 and up to 1", lambda v: 0 < v <= 1), default=[1.0],
         help="part of the forget set that unlearning sees, Table 4")
-    add("--seed", nargs="+", type=int, default=[0], help="split, forget set, order, generic answers and initial values")
-    add("--lr", nargs="+", type=float, help="learning rate of unlearning; several search the best one")
-    add("--epochs", type=int, help="passes of unlearning over its train set (baselines: 1)")
-    add("--batch", type=int, help="examples in a batch")
-    add("--accumulate", type=int, default=1, help="batches whose gradients make one step")
-    add("--forget-per-batch", type=int,
+    add("--seed", **several, type=int, default=[0], help="split, forget set, order, generic answers and initial values")
+    add("--lr", **several, type=above_0, help="learning rate of unlearning; several search the best one")
+    add("--epochs", type=count, help="passes of unlearning over its train set (baselines: 1)")
+    add("--batch", type=count, help="examples in a batch")
+    add("--accumulate", type=count, default=1, help="batches whose gradients make one step")
+    add("--forget-per-batch", type=data.number(int, "of 0 or more", lambda v: v >= 0),
         help="forget examples in each batch; 0 mixes both sets in one pass, as the paper does")
-    add("--hidden", type=int, default=128, help="width of phi's encoder")
+    add("--hidden", type=count, default=128, help="width of phi's encoder")
     add("--kl-direction", choices=["prompted||base", "base||prompted"], default="prompted||base",
         help="Eq. (4), or the released code's")
     add("--tune", choices=["full", "lora"], default="full", help="what the baselines train: every weight, or the adapter")
     add("--merged", action=argparse.BooleanOptionalAction,
         help="unlearn on dense weights, the adapter merged in: fast for a small model (default: for embedded LMs)")
-    add("--clip", type=float, help="largest norm of a gradient")
-    add("--rank", type=int, help="rank of LoRA")
-    add("--lora-alpha", type=float, default=64, help="LoRA's alpha")
-    add("--lora-dropout", type=float, default=0.1, help="LoRA's dropout")
-    add("--targets", nargs="+", help="linear maps that LoRA adapts, or all")
-    add("--qlora-lr", type=float, help="learning rate of QLoRA")
-    add("--qlora-epochs", type=int, help="epochs of QLoRA")
+    add("--clip", type=above_0, help="largest norm of a gradient")
+    add("--rank", type=count, help="rank of LoRA")
+    add("--lora-alpha", type=above_0, default=64, help="LoRA's alpha")
+    add("--lora-dropout", type=data.number(float, "from 0 to below 1", lambda v: 0 <= v < 1), default=0.1,
+        help="LoRA's dropout")
+    add("--targets", **several, help="linear maps that LoRA adapts, or all")
+    add("--qlora-lr", type=above_0, help="learning rate of QLoRA")
+    add("--qlora-epochs", type=count, help="epochs of QLoRA")
     add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4", help="how the frozen model is kept")
     add("--dtype", choices=["fp32", "bf16"],
         help="what is computed in (default: bf16 where the hardware multiplies it; the toy: fp32)")
-    add("--device", help="cuda when present, else cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda when present, else cpu")
     add("--checkpointing", action="store_true",
         help="keep only each layer's input for the backward pass: less memory, more time")
-    add("--max-len", type=int, default=256, help="tokens of a prompt; a longer text loses its end")
-    add("--max-train", type=int, help="train examples at most")
-    add("--max-test", type=int, help="test examples at most")
-    add("--labels", nargs="+", help="the answers, one token each (for --dataset splits)")
-    add("--generic", nargs="+", help="the generic answers for the forget set, one token each")
+    add("--max-len", type=count, default=256, help="tokens of a prompt; a longer text loses its end")
+    add("--max-train", type=count, help="train examples at most")
+    add("--max-test", type=count, help="test examples at most")
+    add("--labels", **several, help="the answers, one token each (for --dataset splits)")
+    add("--generic", **several, help="the generic answers for the forget set, one token each")
     add("--template", help="the prompt with {text} and {label} (for --dataset splits)")
     add("--out", help="run directory (default: one under runs/)")
     add("--cache", default="runs", help="where embedded LMs are kept")
-    add("--log-every", type=int, default=50, help="steps between two lines on the screen")
-    add("--threads", type=int, help="CPU threads")
+    add("--log-every", type=count, default=50, help="steps between two lines on the screen")
+    add("--threads", type=count, help="CPU threads")
     add("--explain", action="store_true", help="then shows SPUL at work on one forget and one retain example")
     return ap
 
@@ -685,33 +653,17 @@ def parser():
 def parse(argv=None):
     """argv -> args with every preset filled in. ValueError, in one line, for values that make no sense."""
     args = parser().parse_args(argv)
-    for name, known in ((args.dataset, data.DATASETS), *((m, METHODS) for m in args.method)):
-        if name not in known:
-            raise ValueError(f"{name!r} is not implemented; expected one of {', '.join(known)}")
     preset = PRESETS["paper" if args.model else "toy" if args.dataset == "toy" else "embedded"]
-    args.epochs_given = args.epochs is not None
-    given = args.lr
     for key, value in preset.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    args.lr = {name: given or [value] for name, value in preset["lr"].items()}
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    positive = ("epochs", "batch", "accumulate", "hidden", "rank", "max_len", "log_every", "clip", "qlora_lr", "lora_alpha",
-                "qlora_epochs")
-    for key, value in [(k, getattr(args, k)) for k in positive] + [("p", v) for v in args.p] + [
-            ("lr", v) for v in given or []] + [("threads", 1 if args.threads is None else args.threads)]:
-        if not 0 < value < math.inf:
-            raise ValueError(f"--{key.replace('_', '-')} {value}; expected a number above 0")
-    if not all(0 < f <= 1 for f in args.forget_fraction) or not all(0 <= w < math.inf for w in args.alpha + args.beta):
-        raise ValueError("--forget-fraction lies above 0 and up to 1, --alpha and --beta are 0 or more")
-    if not 0 <= args.forget_per_batch < args.batch or not 0 <= args.lora_dropout < 1:
-        raise ValueError(f"--forget-per-batch {args.forget_per_batch} must be below --batch {args.batch}; "
-                         f"--lora-dropout {args.lora_dropout} below 1")
+        given = getattr(args, key)
+        setattr(args, key, value if given is None else dict.fromkeys(value, given) if isinstance(value, dict) else given)
+    if args.forget_per_batch >= args.batch:
+        raise ValueError(f"--forget-per-batch {args.forget_per_batch} must be below --batch {args.batch}")
     check_device(args.device)
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     args.merged = args.merged and args.tune == "full"  # a merged adapter cannot be tuned on
-    stem = f"{Path(args.model).resolve().name if args.model else 'embedded'}-{args.dataset}-{'-'.join(args.method)}"
-    args.out = args.out or str(Path("runs") / stem)
+    name = Path(args.model).resolve().name if args.model else "embedded"
+    args.out = args.out or str(Path("runs") / f"{name}-{args.dataset}-{'-'.join(args.method)}")
     return args
 
 
@@ -724,8 +676,7 @@ def main(argv=None):
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    run = Run(args.out, args)
-    started = time.perf_counter()
+    run, started = Run(args.out, args), time.perf_counter()
     for seed in args.seed:
         run_seed(seed, args, run)
     if is_main():
