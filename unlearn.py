@@ -84,9 +84,9 @@ def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, 
           state=None, fingerprint=""):
     """The one training loop, of pretraining, QLoRA, SPUL and every baseline.
 
-    params: tensors to train; batches(epoch) -> list of the epoch's batches; loss_of(batch) -> loss, parts, number of tokens;
-    state: a file that keeps the last finished epoch. All randomness of an epoch follows from (seed, stage, epoch), so a
-    run that was cut off goes on from that file to the very same numbers.
+    params: tensors to train; batches(epoch) -> list of the epoch's batches; loss_of(batch) -> loss, parts, how many
+    tokens it holds; state: a file that keeps the last finished epoch. All randomness of an epoch follows from (seed,
+    stage, epoch), so a run that was cut off goes on from that file to the very same numbers.
     -> {"epochs", "seconds_per_epoch", "tokens_per_second"}
     """
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.001, fused=True)
@@ -288,7 +288,7 @@ def whole_tensor(w):
 
 
 def unshard(model):
-    """-> a sharded model put together again in every process, for evaluation, which shares the texts out; others as they are."""
+    """-> a sharded model put together again in every process, for evaluation, which shares the texts out."""
     if not is_sharded(model.lm_head.weight):
         return model
     with torch.device("meta"):
@@ -511,14 +511,13 @@ def run_seed(seed, args, run):
     loaded, common = prepare(seed, args)
     model, prompts = loaded.model, loaded.prompts
     everyone, base_hidden = prompts["train_retain"] + prompts["train_forget"], None
+    same = dict(method="", model=args.model or f"embedded-{args.dataset}", lm=str(loaded.lm), dataset=args.dataset, seed=seed,
+                alpha=None, beta=None, p=None, lr=None, forget_fraction=None)
 
     def measure(cell, fingerprint, model, prefix=None, **row):
         with autocast(model, args):
             scores = evaluate.scores(model, prompts, prefix, args.device)
-        run.finish(cell, fingerprint, {
-            "method": "", "model": args.model or f"embedded-{args.dataset}", "lm": str(loaded.lm), "dataset": args.dataset,
-            "seed": seed, **dict.fromkeys(("forget_fraction", "lr", "alpha", "beta", "p")), **row, **scores,
-            "peak_memory_mb": evaluate.peak_memory_mb(args.device)})
+        run.finish(cell, fingerprint, {**same, **row, **scores, "peak_memory_mb": evaluate.peak_memory_mb(args.device)})
         print(evaluate.table2([run.cells[cell]]), flush=True)
 
     vanilla, base = f"vanilla-seed{seed}", f"qlora-seed{seed}"
@@ -541,10 +540,11 @@ def run_seed(seed, args, run):
             continue
         if base_hidden is None:
             base_hidden = evaluate.hidden_states(model, everyone, None, args.device)
-        seen, answers = seen_by(method, everyone, cell["forget_fraction"], seed), answers_for(method, everyone, loaded, seed)
-        *unlearned, figures = unlearn(cell, name, model, base_hidden[seen], [everyone[i] for i in seen],
-                                      [answers[i] for i in seen], args, run, fingerprint, seed)
-        measure(name, fingerprint, *unlearned, **cell, **figures)
+        seen = seen_by(method, everyone, cell["forget_fraction"], seed)
+        answers = answers_for(method, everyone, loaded, seed)
+        tuned, prefix, figures = unlearn(cell, name, model, base_hidden[seen], [everyone[i] for i in seen],
+                                         [answers[i] for i in seen], args, run, fingerprint, seed)
+        measure(name, fingerprint, tuned, prefix, **cell, **figures)
 
 
 def seen_by(method, prompts, fraction, seed):
