@@ -2,12 +2,11 @@
 
     python data.py --dataset sst2 --data-dir DIR       prints Table 1, whom the forget set names, and what leaks
 
-In reading order: tokenizers, tasks and their prompts, batches, the toy corpus, the real datasets.
+In reading order: tokenizers, tasks and their prompts, batches, the toy and what its LM is taught, the real datasets.
 """
 import argparse
 import csv
 import functools
-import io
 import json
 import math
 import os
@@ -16,8 +15,10 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,14 +49,14 @@ class LlamaTokenizer:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise ValueError(f"{path}: not a sentencepiece model; expected LLaMA's tokenizer.model") from None
-        self.size = self.pieces.vocab_size()
-        if self.pieces.bos_id() < 0:
+        self.size, self.bos = self.pieces.vocab_size(), self.pieces.bos_id()
+        if self.bos < 0:
             raise ValueError(f"{path}: no token <s> for the beginning of a text; expected LLaMA's tokenizer.model")
 
     def encode(self, text):  # as bytes: sentencepiece ends with no error of ours at half a surrogate pair
         if text[:1] in (" ", "\u2581"):  # sentencepiece would put its own space before; transformers 5 does not
-            return [self.pieces.bos_id(), *(self.pieces.encode(text[1:].encode()) or [self.pieces.piece_to_id("\u2581")])]
-        return [self.pieces.bos_id(), *self.pieces.encode(text.encode())]
+            return [self.bos, *(self.pieces.encode(text[1:].encode()) or [self.pieces.piece_to_id("\u2581")])]
+        return [self.bos, *self.pieces.encode(text.encode())]
 
     def piece(self, i):
         return self.pieces.id_to_piece(int(i))
@@ -80,7 +81,8 @@ class OPTTokenizer:
     """OPT's byte-level BPE (vocab.json, merges.txt). encode(text) -> ids, </s> (id 2) first."""
 
     def __init__(self, dir):
-        merges = [tuple(line.split()) for _, line in lines_of(dir / "merges.txt") if not line.startswith("#version")]
+        lines = (dir / "merges.txt").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
         tokens = ["</s>", *BYTE_LETTER.values(), *map("".join, merges)]
         self.ids = read_json(dir / "vocab.json", "OPT's byte-level BPE, whose merges are in merges.txt", tokens)
         for token, i in self.ids.items():
@@ -229,16 +231,14 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
     forget, once = ([i for i, prompt in enumerate(prompts) if prompt.is_forget == part] for part in (True, False))
     if not forget_per_batch or not forget or not once:
         once, forget_per_batch = list(range(len(prompts))), 0
-    once, size, cut, queue = rng.sample(once, len(once)), batch - forget_per_batch, [], []
+    once, size, cut = rng.sample(once, len(once)), batch - forget_per_batch, []
     for start in range(0, len(once), 50 * size):  # 50 batches' worth, sorted by length, are cut
         part = sorted(once[start:start + 50 * size], key=lambda i: len(prompts[i].ids))
         cut += [part[i:i + size] for i in range(0, len(part), size)]
     rng.shuffle(cut)
+    in_turn = chain.from_iterable(rng.sample(forget, len(forget)) for _ in count())
     for part in cut:
-        while len(queue) < forget_per_batch:
-            queue += rng.sample(forget, len(forget))
-        part += queue[:forget_per_batch]
-        del queue[:forget_per_batch]
+        part += islice(in_turn, forget_per_batch)
     return cut
 
 
@@ -266,13 +266,13 @@ def toy_review(rng):
     return Example(text, label), person if "{person}" in template else None
 
 
-def toy_splits(data_dir, seed, notes, train=2800, test=1200, persons=4):
+def toy_splits(data_dir, seed, notes):
     """The seed draws whom to forget: nothing about them is known when the LM is pretrained."""
     rng = generator(seed, "toy")
-    chosen = rng.sample(PERSONS, persons)
-    notes.append(f"forgotten: {', '.join(chosen)}, {persons} of the {len(PERSONS)} persons")
-    pairs = [(example, person in chosen) for example, person in (toy_review(rng) for _ in range(train + test))]
-    return divide(pairs[:train], pairs[train:])
+    chosen = rng.sample(PERSONS, 4)
+    notes.append(f"forgotten: {', '.join(chosen)}, {len(chosen)} of the {len(PERSONS)} persons")
+    pairs = [(example, person in chosen) for example, person in (toy_review(rng) for _ in range(4000))]
+    return divide(pairs[:2800], pairs[2800:])
 
 
 # ------------------------------------------------------------------------------------------ pretraining the embedded LM
@@ -365,126 +365,111 @@ def pretraining_words():
 
 # ---------------------------------------------------------------------- reading rows, and saying what is wrong with one
 
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-JSON_FORM = "a list of objects (.json), or one object per line (.jsonl)"
+# suffix -> what its file should hold
+FORMATS = {".tsv": "fields between tabs", ".csv": 'fields between commas, like "a ""quoted"" word"',
+           ".jsonl": "one JSON object per line", ".json": "a JSON list of objects",
+           ".parquet": "a table, and pyarrow to read it (pip install pyarrow)"}
 
 
 def find_file(data_dir, stem):
-    """The one file data_dir/stem.SUFFIX, or FileNotFoundError."""
+    """The one file data_dir/stem.SUFFIX, of a suffix in FORMATS, or FileNotFoundError."""
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"no directory {data_dir}; expected one that holds {stem}.*")
-    found = [path for suffix in SUFFIXES if (path := Path(data_dir, stem + suffix)).is_file()]
+    found = [path for suffix in FORMATS if (path := Path(data_dir, stem + suffix)).is_file()]
     if len(found) != 1:
         names = " and ".join(path.name for path in found) or f"no {stem} file"
-        raise FileNotFoundError(f"{names} in {data_dir}; expected one {stem} file, of {' '.join(SUFFIXES)}")
+        raise FileNotFoundError(f"{names} in {data_dir}; expected one {stem} file, of {' '.join(FORMATS)}")
     return found[0]
 
 
-def bad_row(path, line, problem):
-    """The error of one line for a malformed row: 'sst2/train.tsv line 3: FOUND; expected EXPECTED'."""
-    unit = "row" if path.suffix == ".parquet" else "line"
-    return ValueError(f"{path.absolute().parent.name}/{path.name} {unit} {line}: {problem}")
-
-
-def read_text(path):
-    """The text of a file in UTF-8, its line ends as they are."""
+@contextmanager
+def reading(path):
+    """Yields a place: .text of the file, and .at, where the row in hand starts in it (or, of a .parquet, its number).
+    Any mistake in the row is a ValueError of one line that names it: 'sst2/train.tsv line 3: FOUND; expected EXPECTED'."""
+    place = SimpleNamespace(text="", at=0)
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raw, at = error.object, error.start
-        raise bad_row(path, 1 + raw.count(b"\n", 0, at), f"byte 0x{raw[at]:02x} is not UTF-8; expected UTF-8 text") from None
+        yield place
+    except (ValueError, csv.Error, RecursionError, ImportError) as error:
+        line = place.text.count("\n", 0, place.at) + getattr(error, "lineno", 1)  # JSON's, from 1 within the row
+        where = f"row {place.at}" if path.suffix == ".parquet" else f"line {line}"
+        problem = str(getattr(error, "msg", error))
+        if type(error) is not ValueError:  # a library's, which says only what it found
+            problem += f"; expected {FORMATS[path.suffix]}"
+        raise ValueError(f"{path.absolute().parent.name}/{path.name} {where}: {problem}") from None
 
 
-def lines_of(path):
-    """[(line number, line)] without blank lines. Only a newline ends a line: texts may hold U+2028 and its like."""
-    return [(i, line.rstrip("\r")) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+def cut_rows(suffix, place):
+    """Yields the text of each row that is not blank. Only a newline ends one: texts may hold U+2028 and its like."""
+    if suffix != ".json":
+        row = r'(?:[^"\n]+|"[^"]*"?)++' if suffix == ".csv" else r".+"  # in a .csv, quotes may hold newlines
+        for found in re.finditer(row, place.text):
+            if found[0].strip():
+                place.at = found.start()
+                yield found[0].removesuffix("\r")
+        return
+    values, end = json.loads(place.text), place.text.find("[") + 1
+    if not isinstance(values, list):
+        raise ValueError(f"a JSON {type(values).__name__}; expected {FORMATS[suffix]}")
+    for _ in values:  # each is decoded once more, to know where it ends
+        place.at = re.compile(r"[\s,]*").match(place.text, end).end()
+        end = json.JSONDecoder().raw_decode(place.text, place.at)[1]
+        yield place.text[place.at:end]
 
 
-def read_table(path, columns, header):
-    """Yields (line it starts on, dict column -> field) of each row of a .csv (RFC 4180; broken quotes are an error, never
-    half-read), or of a .tsv, where quotes are characters (GLUE)."""
-    csv.field_size_limit(2 ** 31 - 1)  # a text may be longer than 128 KiB
-    quotes, mark = path.suffix == ".csv", "," if path.suffix == ".csv" else "\t"
-    lines, line, names = list(io.StringIO(read_text(path))), 1, None if header else columns  # only a newline ends a line
-    records = csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE, strict=True)
-    try:
-        for fields in records:
-            record = "".join(lines[line - 1:records.line_num])
-            if quotes and any(field.replace('"', '""') not in record for field in fields):
-                raise csv.Error("not doubled")  # which csv.reader lets pass outside of quotes: he "said"
-            if names is None:
-                names = fields
-                if any(names.count(column) != 1 for column in columns):
-                    raise bad_row(path, line, f"header {mark.join(names)!r:.80}; expected {mark.join(columns)!r}")
-            elif record.strip():
-                if len(fields) != len(names):
-                    raise bad_row(path, line, f"{len(fields)} columns; expected {len(names)}, {mark.join(names)!r}")
-                yield line, dict(zip(names, fields))
-            line = records.line_num + 1
-    except csv.Error as error:
-        raise bad_row(path, line, f'broken quotes ({error}); expected a field like "a ""quoted"" word"') from None
+def split_fields(row, suffix):
+    """The fields of one row of a .tsv, where quotes are characters (GLUE), or of a .csv (RFC 4180)."""
+    if suffix == ".tsv":
+        return row.split("\t")
+    fields, = csv.reader([row], strict=True)
+    if any(field.replace('"', '""') not in row for field in fields):
+        raise csv.Error("quotes that are not doubled")  # which csv.reader lets pass outside of quotes: he "said"
+    return fields
 
 
-def parse_json(path, line, text):
-    """-> the JSON value of `text`, which starts on `line` of path, or bad_row's ValueError."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise bad_row(path, line, f"not JSON ({error}); expected {JSON_FORM}") from None
-
-
-def read_json_list(path):
-    """Yields (line it starts on, object) of each object in the list that a .json file is."""
-    text = read_text(path)
-    rows, line, counted, end = parse_json(path, 1, text), 1, 0, text.find("[") + 1
-    if not isinstance(rows, list):
-        raise bad_row(path, 1, f"a JSON {type(rows).__name__}; expected {JSON_FORM}")
-    for row in rows:  # each is decoded once more, to know where it ends
-        start = re.compile(r"[\s,]*").match(text, end).end()
-        line, counted = line + text.count("\n", counted, start), start
-        yield line, row
-        end = json.JSONDecoder().raw_decode(text, start)[1]
-
-
-def read_rows(path, columns, header=True):
-    """-> iterator of (line number from 1, dict column -> string or JSON value) over a file with one of SUFFIXES.
-
-    header: a .tsv or .csv names its columns in the first row; without one it has exactly `columns`, in that order.
-    """
-    if path.suffix in (".tsv", ".csv"):
-        return read_table(path, columns, header)
-    if path.suffix == ".jsonl":
-        return ((line, parse_json(path, line, text)) for line, text in lines_of(path))
-    if path.suffix == ".json":
-        return read_json_list(path)
-    try:
+def read_rows(path, columns, header, place):
+    """Yields each row of a file: a dict column -> string or, of .json, .jsonl and .parquet, whatever stands there."""
+    if path.suffix == ".parquet":
         from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{path} needs pyarrow to be read; pip install pyarrow, or save it as .jsonl") from None
-    return enumerate(parquet.read_table(path).to_pylist(), 1)
+        for place.at, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+            yield row
+        return
+    place.text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # text_of refuses what is not UTF-8
+    rows = cut_rows(path.suffix, place)
+    if path.suffix in (".json", ".jsonl"):
+        yield from map(json.loads, rows)
+        return
+    csv.field_size_limit(2 ** 31 - 1)  # a text may be longer than 128 KiB
+    rows = (split_fields(row, path.suffix) for row in rows)
+    names = next(rows, []) if header else columns
+    if any(names.count(column) != 1 for column in columns):
+        raise ValueError(f"columns {', '.join(names)!r:.80}; expected {', '.join(columns)!r}")
+    for fields in rows:
+        if len(fields) != len(names):
+            raise ValueError(f"{len(fields)} columns; expected {len(names)}, {', '.join(names)!r}")
+        yield dict(zip(names, fields))
 
 
 def read_examples(path, columns, example, header=True):
-    """-> [example(row)] of the rows, which have these columns; a ValueError of `example` gets the row's file and line."""
+    """-> [example(row)] of a file's rows, which have these columns; a ValueError of `example` gets their file and line.
+
+    header: a .tsv or .csv names its columns in the first row; without one it has exactly `columns`, in that order.
+    """
     examples = []
-    for line, row in read_rows(path, columns, header):
-        try:
+    with reading(path) as place:
+        for row in read_rows(path, columns, header, place):
             if not isinstance(row, dict) or not row.keys() >= set(columns):
                 found = list(row) if isinstance(row, dict) else row
                 raise ValueError(f"{found!r:.80}; expected an object with the keys {', '.join(columns)}")
             examples.append(example(row))
-        except ValueError as error:
-            raise bad_row(path, line, error) from None
     if not examples:
         raise ValueError(f"{path} has no rows; expected rows of {', '.join(columns)}")
     return examples
 
 
 def text_of(value, name):
-    """The value: a string, not blank, without the lone surrogates ("\\ud800") that JSON allows and UTF-8 does not."""
+    """The value: a string, not blank, without lone surrogates: JSON's "\\ud800", or a byte that was not UTF-8."""
     if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{name} is {ascii(value)[:40]}; expected a text")
+        raise ValueError(f"{name} is {ascii(value)[:40]}; expected a text in UTF-8")
     return value
 
 
@@ -514,38 +499,31 @@ ARTICLES, POSSESSIVES = {"a", "an", "the"}, {"'s", "'"}
 FICTIONAL = {"bond", "dawson", "nickleby", "potter"}  # characters' surnames: james bond, dawson's creek, ...
 
 
-def find_surnames(phrases):
-    """Finds surnames in lower-case tokenised text by how the words are used: dict surname -> Counter of given names.
+def find_persons(texts):
+    """The persons named in tokenised texts: dict 'woody allen' -> set of indices into texts, the most-named person first.
 
-    phrases: list of lists of words. No NER library is needed: what this finds is right, not all. A word is a surname if
-    it (1) follows a given name three times, (2) takes a possessive, as no verb or adverb does ("mike shoots"),
-    (3) rarely follows an article, as a common noun does, and (4) bears the mark of a name, a given name or title before
-    it or a possessive after it, in two uses of five: fewer mean that it mostly is another word ("tom green").
+    No NER library is needed: what this finds is right, not all. A word is a surname if it (1) follows a given name three
+    times, (2) takes a possessive, as no verb or adverb does ("mike shoots"), (3) rarely follows an article, as a common
+    noun does, and (4) bears the mark of a name, a given name or title before it or a possessive after it, in two uses of
+    five: fewer mean that it mostly is another word ("tom green").
     """
-    uses = [use for words in phrases for use in zip(["", *words], words, [*words[1:], ""])]  # with what stands around it
-    times = Counter(word for _, word, _ in uses)
-    articles = Counter(word for before, word, _ in uses if before in ARTICLES)
-    possessive = Counter(word for _, word, after in uses if after in POSSESSIVES)
-    marked = Counter(word for before, word, after in uses if before in BEFORE_NAMES or after in POSSESSIVES)
-    given = defaultdict(Counter)
-    for before, word, _ in uses:
+    uses = [(index, *use) for index, words in enumerate(text.lower().split() for text in texts)
+            for use in zip(["", *words], words, [*words[1:], ""])]  # each word between its neighbours
+    times = Counter(word for _, _, word, _ in uses)
+    articles = Counter(word for _, before, word, _ in uses if before in ARTICLES)
+    possessive = Counter(word for _, _, word, after in uses if after in POSSESSIVES)
+    marked = Counter(word for _, before, word, after in uses if before in BEFORE_NAMES or after in POSSESSIVES)
+    given, persons = defaultdict(Counter), defaultdict(set)  # given: word -> how often each given name stands before it
+    for _, before, word, _ in uses:
         if before in GIVEN_NAMES:
             given[word][before] += 1
-    return {word: names for word, names in given.items() if names.total() >= 3 and possessive[word]
-            and articles[word] <= 0.15 * times[word] and marked[word] >= 0.4 * times[word]
-            and re.match(r"[^\W\d]{2}", word) and word not in FICTIONAL}
-
-
-def find_persons(texts):
-    """The persons named in tokenised texts: dict 'woody allen' -> set of indices into texts, the most-named person first."""
-    phrases = [text.lower().split() for text in texts]
-    surnames, persons = find_surnames(phrases), defaultdict(set)
-    for index, words in enumerate(phrases):
-        for before, word in zip(["", *words], words):
-            if word in surnames:
-                # a surname alone counts for the person who bears it most often
-                given = before if before in GIVEN_NAMES else surnames[word].most_common(1)[0][0]
-                persons[f"{given} {word}"].add(index)
+    surnames = {word for word, names in given.items() if names.total() >= 3 and possessive[word]
+                and articles[word] <= 0.15 * times[word] and marked[word] >= 0.4 * times[word]
+                and re.match(r"[^\W\d]{2}", word) and word not in FICTIONAL}
+    for index, before, word, _ in uses:
+        if word in surnames:  # alone it counts for the person who bears it most often
+            name = before if before in GIVEN_NAMES else given[word].most_common(1)[0][0]
+            persons[f"{name} {word}"].add(index)
     return dict(sorted(persons.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
@@ -559,17 +537,17 @@ def choose_persons(persons, n):
     return chosen
 
 
-def sst2_splits(data_dir, seed, notes, forget_share=2035 / 68221):
+def sst2_splits(data_dir, seed, notes):
     """SST-2 (GLUE's train and dev, pooled), split anew 70/30; forget: the phrases that name a chosen person.
 
-    forget_share: of all phrases; the paper's is (1,425 + 610) / 68,221. The persons do not depend on the seed.
-    Retain and forget set are split apart, floor(0.3 n) of each to test: only so the paper's counts come out.
+    The persons do not depend on the seed. Retain and forget set are split apart, floor(0.3 n) of each to test: only so
+    the paper's counts come out.
     """
     examples = [example for part in ("train", "dev") for example in read_examples(
         find_file(data_dir, part), ("sentence", "label"),
         lambda row: Example(text_of(row["sentence"], "sentence").strip(), sentiment_of(row, "0", "1")))]
     persons = find_persons([example.text for example in examples])
-    chosen = choose_persons(persons, round(forget_share * len(examples)))
+    chosen = choose_persons(persons, round(2035 / 68221 * len(examples)))  # the paper's share: 1,425 + 610 of 68,221
     named, splits, rng = set().union(*chosen.values()), {}, generator(seed, "split")
     for part in ("retain", "forget"):
         pool = [example for i, example in enumerate(examples) if (i in named) == (part == "forget")]
@@ -624,14 +602,14 @@ def read_yelp(path, most, rng):
     return rng.sample(examples, min(most, len(examples)))
 
 
-def yelp_splits(data_dir, seed, notes, max_train=100_093, max_test=18_974, clusters=12, forget_share=0.1):
-    """Yelp polarity (train.csv, test.csv), subsampled to the paper's counts; forget: a random part of the clusters."""
+def yelp_splits(data_dir, seed, notes, max_train=100_093, max_test=18_974, clusters=12):
+    """Yelp polarity (train.csv, test.csv), subsampled to the paper's counts; forget: random clusters, about a tenth."""
     train = read_yelp(find_file(data_dir, "train"), max_train, generator(seed, "train"))
     test = read_yelp(find_file(data_dir, "test"), max_test, generator(seed, "test"))
     if len(train) < 10 * clusters:
         raise ValueError(f"{len(train)} train reviews for {clusters} clusters; expected at least {10 * clusters}")
     of_train, of_test, top_words = embed_and_cluster([e.text for e in train], [e.text for e in test], clusters, seed)
-    sizes, chosen, n = np.bincount(of_train, minlength=clusters), set(), forget_share * len(train)
+    sizes, chosen, n = np.bincount(of_train, minlength=clusters), set(), 0.1 * len(train)
     for c in generator(seed, "clusters").sample(range(clusters), clusters):
         total = sum(sizes[list(chosen)])
         if abs(total + sizes[c] - n) < abs(total - n):  # it brings the number of forgotten reviews nearer to n
@@ -657,9 +635,8 @@ def wmdp_sciq_splits(data_dir, seed, notes):
 
     def wmdp_example(row):  # four choices, and the number of the right one
         choices, answer = row["choices"], row["answer"]
-        number = len(choices) if isinstance(choices, list) else repr(choices)[:40]
-        if number != 4 or type(answer) is not int or not 0 <= answer < 4:
-            raise ValueError(f"{number} choices, answer {answer!r:.40}; expected a list of four, and a whole number, 0 to 3")
+        if not isinstance(choices, list) or len(choices) != 4 or type(answer) is not int or answer not in range(4):
+            raise ValueError(f"choices {choices!r:.80}, answer {answer!r:.40}; expected a list of four, and 0, 1, 2 or 3")
         return four_options(row["question"], choices, answer, rng)
 
     def sciq_example(row):
@@ -685,11 +662,11 @@ DATASETS = {"toy": toy_splits, "sst2": sst2_splits, "yelp": yelp_splits, "wmdp+s
             "splits": own_splits}
 
 
-def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=None, **options):
+def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=None):
     """The dataset's retain and forget sets: dict with the keys SPLITS -> list of Example. Counts: the paper's Table 1.
 
     name: a key of DATASETS. max_train, max_test: at most so many examples, at random, forget and retain alike.
-    notes: a list, to which lines on the persons or clusters chosen are appended. options: the dataset's own.
+    notes: a list, to which lines on the persons or clusters chosen are appended.
     ValueError or FileNotFoundError, of one line, for what is missing or malformed.
     """
     if name not in DATASETS:
@@ -698,12 +675,12 @@ def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=Non
     if any(n < 1 for n in limits.values()):
         raise ValueError(f"{limits}; expected counts above 0")
     early = limits if name == "yelp" else {}  # Yelp is subsampled before it is clustered
-    splits = DATASETS[name](data_dir, seed, [] if notes is None else notes, **early, **options)
+    splits = DATASETS[name](data_dir, seed, [] if notes is None else notes, **early)
     for key, most in limits.items():
-        retain, forget = (f"{key.removeprefix('max_')}_{kind}" for kind in ("retain", "forget"))
-        pool = [(retain, e) for e in splits[retain]] + [(forget, e) for e in splits[forget]]
+        parts = [split for split in SPLITS if split.startswith(key.removeprefix("max_"))]
+        pool = [(split, e) for split in parts for e in splits[split]]
         pool = generator(seed, key).sample(pool, min(most, len(pool)))
-        splits |= {split: [e for of, e in pool if of == split] for split in (retain, forget)}
+        splits |= {split: [e for of, e in pool if of == split] for split in parts}
     generator(seed, "forget_fraction").shuffle(splits["train_forget"])  # an order that the README's numbers rest on
     for split in SPLITS:
         if not splits[split]:
@@ -735,31 +712,6 @@ def leakage(train, test):
     return n_exact, sum(words in inside for words in phrases) - n_exact
 
 
-def main(argv=None):
-    """The command line: prints Table 1's rows, whom or what the forget set names, and what leaks."""
-    parser = Flags(description="Prints Table 1, what is forgotten, and the leakage.")
-    parser.add_argument("--dataset", default="toy", choices=DATASETS, help="which texts")
-    parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the clusters and all that is sampled")
-    parser.add_argument("--max-train", type=number(int), help="train examples at most (yelp: the paper's 100,093)")
-    parser.add_argument("--max-test", type=number(int), help="test examples at most (yelp: the paper's 18,974)")
-    parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
-    args, notes = vars(parser.parse_args(argv)), []
-    name, directory = args.pop("dataset"), args.pop("save_splits")
-    splits = load_splits(name, **args, notes=notes)
-    if directory:
-        save_splits(splits, directory)
-    print(f"{name:10}{'retain':>10}{'forget':>10}{'all':>10}")
-    for part in ("train", "test"):
-        retain, forget = len(splits[f"{part}_retain"]), len(splits[f"{part}_forget"])
-        print(f"{part:10}{retain:10,}{forget:10,}{retain + forget:10,}")
-    print("\nTest texts that also stand in the train sets, word for word or as a part of a longer text:")
-    for split in ("test_retain", "test_forget"):
-        exact, inside = leakage(splits["train_retain"] + splits["train_forget"], splits[split])
-        print(f"{split:12}{exact:8,} word for word{inside:8,} as a part    of {len(splits[split]):,}")
-    print("\n" + "\n".join(notes) if notes else "")
-
-
 # -------------------------------------------------------------------------------------------------------- command lines
 
 class Flags(argparse.ArgumentParser):
@@ -772,13 +724,10 @@ class Flags(argparse.ArgumentParser):
 def number(kind, range="above 0", holds=lambda v: 0 < v < math.inf):
     """The type of a flag: an int or float in a range. argparse calls it; ArgumentTypeError otherwise."""
     def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"{text}; expected a number {range}")
-        return value
+        with suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text}; expected a number {range}")
     return read
 
 
@@ -802,6 +751,30 @@ def run_cli(main):
         print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
         return 130
     return 2
+
+
+def main(argv=None):
+    """The command line: prints Table 1's rows, whom or what the forget set names, and what leaks."""
+    parser = Flags(description="Prints Table 1, what is forgotten, and the leakage.")
+    parser.add_argument("--dataset", default="toy", choices=DATASETS, help="which texts")
+    parser.add_argument("--data-dir", default=".", help="the directory that holds the dataset's files")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the clusters and all that is sampled")
+    parser.add_argument("--max-train", type=number(int), help="train examples at most (yelp: the paper's 100,093)")
+    parser.add_argument("--max-test", type=number(int), help="test examples at most (yelp: the paper's 18,974)")
+    parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there as .jsonl")
+    args, notes = parser.parse_args(argv), []
+    splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test, notes)
+    if args.save_splits:
+        save_splits(splits, args.save_splits)
+    print(f"{args.dataset:10}{'retain':>10}{'forget':>10}{'all':>10}")
+    for part in ("train", "test"):
+        retain, forget = len(splits[f"{part}_retain"]), len(splits[f"{part}_forget"])
+        print(f"{part:10}{retain:10,}{forget:10,}{retain + forget:10,}")
+    print("\nTest texts that also stand in the train sets, word for word or as a part of a longer text:")
+    for split in ("test_retain", "test_forget"):
+        exact, inside = leakage(splits["train_retain"] + splits["train_forget"], splits[split])
+        print(f"{split:12}{exact:8,} word for word{inside:8,} as a part    of {len(splits[split]):,}")
+    print("\n" + "\n".join(notes) if notes else "")
 
 
 if __name__ == "__main__":

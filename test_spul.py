@@ -707,8 +707,8 @@ def test_own_splits_are_read_from_every_suffix(tmp_path, suffix):
 
 def test_parquet_without_pyarrow_is_one_line_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="needs pyarrow"):
-        data.read_rows(write_files(tmp_path, a_parquet="x") / "a.parquet", ("text",))
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        data.read_examples(write_files(tmp_path, a_parquet="x") / "a.parquet", ("text",), dict)
 
 
 # ---------------------------------------------------------------- Yelp, WMDP and SciQ
@@ -748,7 +748,7 @@ def test_yelp_newlines_and_doubled_quotes_are_decoded(tmp_path):
 
 
 def test_the_same_centres_split_the_yelp_test_reviews(yelp):
-    texts = [row["text"] for _, row in data.read_rows(yelp / "train.csv", ("label", "text"), header=False)]
+    texts = data.read_examples(yelp / "train.csv", ("label", "text"), lambda row: row["text"], header=False)
     of_train, of_test, _ = data.embed_and_cluster(texts, texts[:50], 12, seed=0)
     assert np.array_equal(of_train[:50], of_test)
 
@@ -796,40 +796,41 @@ GOOD = '{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}\n'
 SCIQ = '{"question": "q", "correct_answer": "1", "distractor1": "2", "distractor2": "3"'
 MALFORMED = [
     ("sst2", {"train_tsv": HEAD + "fine\t1\nbad\t7\n"}, "train.tsv line 3: label '7'; expected 0 (negative) or 1"),
-    ("sst2", {"train_tsv": HEAD + "one\ttwo\t1\n"}, "train.tsv line 2: 3 columns; expected 2, 'sentence\\tlabel'"),
+    ("sst2", {"train_tsv": HEAD + "one\ttwo\t1\n"}, "train.tsv line 2: 3 columns; expected 2, 'sentence, label'"),
     ("sst2", {"train_tsv": HEAD + "no tab\n"}, "train.tsv line 2: 1 columns; expected 2"),
-    ("sst2", {"train_tsv": "text\tlabel\nfine\t1\n"}, "train.tsv line 1: header 'text\\tlabel'; expected 'sentence"),
+    ("sst2", {"train_tsv": "text\tlabel\nfine\t1\n"}, "train.tsv line 1: columns 'text, label'; expected 'sentence, label'"),
     ("sst2", {"train_tsv": HEAD + "fine\t1\n \t1\n"}, "train.tsv line 3: sentence is ' '; expected a text"),
-    ("sst2", {"train_tsv": HEAD.encode() + b"fine\t1\ncaf\xe9\t1\n"}, "train.tsv line 3: byte 0xe9 is not UTF-8"),
-    ("sst2", {"train_tsv": ""}, "train.tsv has no rows"),
+    ("sst2", {"train_tsv": HEAD.encode() + b"fine\t1\ncaf\xe9\t1\n"}, "train.tsv line 3: sentence is 'caf\\udce9'; expected a text"),
+    ("sst2", {"train_tsv": ""}, "train.tsv line 1: columns ''; expected 'sentence, label'"),
     ("sst2", {"train_tsv": HEAD}, "train.tsv has no rows"),
     ("sst2", {"train_tsv": HEAD + "fine\t1\n", "dev_tsv": HEAD + "x\t2\n"}, "dev.tsv line 2: label '2'"),
     ("sst2", {"train_tsv": HEAD + "fine\t1\n", "train_jsonl": "{}"}, "train.tsv and train.jsonl in"),
     ("yelp", {"train_csv": '"1","a"\n"3","b"\n'}, "train.csv line 2: label '3'; expected 1 (negative) or 2"),
-    ("yelp", {"train_csv": '"1","a","b"\n'}, "train.csv line 1: 3 columns; expected 2, 'label,text'"),
-    ("yelp", {"train_csv": '"1","a"\n"2","b "c" d"\n'}, "train.csv line 2: broken quotes"),
-    ("yelp", {"train_csv": '"1","a"\n"2",he said "hi"\n'}, "train.csv line 2: broken quotes"),
-    ("yelp", {"train_csv": '"1","a"\n"2","never closed\n'}, "train.csv line 2: broken quotes"),
-    ("yelp", {"train_csv": '"1","never closed\n"2","fine"\n'}, "train.csv line 1: broken quotes"),
+    ("yelp", {"train_csv": '"1","a","b"\n'}, "train.csv line 1: 3 columns; expected 2, 'label, text'"),
+    ("yelp", {"train_csv": '"1","a"\n"2","b "c" d"\n'}, "train.csv line 2: ',' expected after"),
+    ("yelp", {"train_csv": '"1","a"\n"2",he said "hi"\n'}, "train.csv line 2: quotes that are not doubled; expected"),
+    ("yelp", {"train_csv": '"1","a"\n"2","never closed\n'}, "train.csv line 2: unexpected end"),
+    ("yelp", {"train_csv": '"1","never closed\n"2","fine"\n'}, "train.csv line 1: ',' expected after"),
     ("yelp", {"train_csv": '"1","two\nlines"\n"2",""\n'}, "train.csv line 3: text is ''; expected a text"),
-    ("yelp", {"train_csv": b'"1","a"\n"2","caf\xe9"\n'}, "train.csv line 2: byte 0xe9 is not UTF-8"),
-    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + GOOD.replace('"4"', '"4", "5"')}, "wmdp-bio.jsonl line 2: 5 choices"),
-    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("0}", "4}")}, "wmdp-bio.jsonl line 1: 4 choices, answer 4; expected"),
-    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("0}", "true}")}, "line 1: 4 choices, answer True; expected a list of"),
+    ("yelp", {"train_csv": b'"1","a"\n"2","caf\xe9"\n'}, "train.csv line 2: text is 'caf\\udce9'; expected a text"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + GOOD.replace('"4"', '"4", "5"')}, "wmdp-bio.jsonl line 2: choices ['1', '2', '3', "),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("0}", "4}")}, "line 1: choices ['1', '2', '3', '4'], answer 4; expected"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("0}", "true}")}, "'4'], answer True; expected a list of four, and 0, 1"),
     ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace('"q"', '" "')}, "line 1: question is ' '; expected a text"),
     ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace('"3"', "3")}, "line 1: an option is 3; expected a text"),
     ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace("choices", "options")}, "line 1: ['question', 'options', 'answer']"),
-    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace('["1", "2", "3", "4"]', '"1234"')}, "line 1: '1234' choices"),
-    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + "{'question'}\n"}, "wmdp-bio.jsonl line 2: not JSON"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD.replace('["1", "2", "3", "4"]', '"1234"')}, "line 1: choices '1234'"),
+    ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + "{'question'}\n"}, "wmdp-bio.jsonl line 2: Expecting property name"),
     ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD + "[1]\n"}, "wmdp-bio.jsonl line 2: [1]; expected an object"),
-    ("wmdp+sciq", {"wmdp__bio_json": GOOD}, "wmdp-bio.json line 1: a JSON dict; expected a list of objects"),
-    ("wmdp+sciq", {"wmdp__bio_json": "\n[" + GOOD + ",\n\n" + GOOD.replace("0}", "9}") + "]"}, "line 5: 4 choices, ans"),
-    ("wmdp+sciq", {"wmdp__bio_json": "[" + GOOD + ",\nx]"}, "wmdp-bio.json line 3: not JSON"),
+    ("wmdp+sciq", {"wmdp__bio_json": GOOD}, "wmdp-bio.json line 1: a JSON dict; expected a JSON list"),
+    ("wmdp+sciq", {"wmdp__bio_json": "\n[" + GOOD + ",\n\n" + GOOD.replace("0}", "9}") + "]"}, "line 5: choices"),
+    ("wmdp+sciq", {"wmdp__bio_json": "[" + GOOD + ",\nx]"}, "wmdp-bio.json line 3: Expecting value; expected a JSON"),
     ("wmdp+sciq", {"wmdp__bio_jsonl": GOOD, "train_json": f"[{SCIQ}}}]"}, "train.json line 1: ['question', "),
     ("splits", {"train_retain_jsonl": '{"text": "a", "label": 1}'}, "train_retain.jsonl line 1: label is 1"),
     ("splits", {"train_retain_jsonl": '{"text": "\\ud800", "label": "x"}'}, "line 1: text is '\\ud800'; expected a text"),
+    ("splits", {"train_retain_jsonl": '{"text": "a",\n{}\n'}, "line 1: Expecting property name enclosed in double quotes; exp"),
     ("splits", {"train_retain_csv": "text,label\na,b,c\n"}, "train_retain.csv line 2: 3 columns; expected 2"),
-    ("splits", {"train_retain_csv": "text,text,label\na,b,c\n"}, "train_retain.csv line 1: header 'text,text,label'"),
+    ("splits", {"train_retain_csv": "text,text,label\na,b,c\n"}, "train_retain.csv line 1: columns 'text, text, label'"),
     ("splits", {"train_retain_csv": "text,label\na,b\n"}, "no train_forget file in"),
 ]
 
@@ -855,15 +856,21 @@ def test_an_empty_forget_set_is_refused(tmp_path):
         data.load_splits("sst2", write_files(tmp_path, **files))
 
 
+def rows_with_lines(path, columns):
+    """-> [(line that the row starts on, row)] of a file."""
+    with data.reading(path) as place:
+        return [(1 + place.text.count("\n", 0, place.at), row) for row in data.read_rows(path, columns, True, place)]
+
+
 def test_a_byte_order_mark_windows_line_ends_and_blank_lines_are_no_error(tmp_path):
     write_files(tmp_path, a_tsv=b"\xef\xbb\xbfsentence\tlabel\r\nfine\t1\r\n\r\nbad\t0\r\n")
-    rows = data.read_rows(tmp_path / "a.tsv", ("sentence", "label"))
-    assert list(rows) == [(2, {"sentence": "fine", "label": "1"}), (4, {"sentence": "bad", "label": "0"})]
+    assert rows_with_lines(tmp_path / "a.tsv", ("sentence", "label")) == [
+        (2, {"sentence": "fine", "label": "1"}), (4, {"sentence": "bad", "label": "0"})]
 
 
 def test_quotes_in_a_tsv_are_ordinary_characters(tmp_path):
     write_files(tmp_path, a_tsv='sentence\tlabel\n"it \'s\t1\n')
-    assert list(data.read_rows(tmp_path / "a.tsv", ("sentence", "label")))[0][1]["sentence"] == '"it \'s'
+    assert data.read_examples(tmp_path / "a.tsv", ("sentence", "label"), dict)[0]["sentence"] == '"it \'s'
 
 
 # ---------------------------------------------------------------- leakage and the command
@@ -1667,12 +1674,12 @@ SPOILT = [  # the command, the file, its new content (dict: changed keys), a par
     ("tokenize as OPT", "opt/vocab.json", {"</s>": -1}, "numbers the token '</s>' -1"),
     ("tokenize as OPT", "opt/vocab.json", {"</s>": 10 ** 30}, "numbers the token '</s>' 1000"),
     ("tokenize as OPT", "opt/vocab.json", '{"</s>": 0}', "vocab.json: no '!' in it; expected OPT's"),
-    ("tokenize as OPT", "opt/merges.txt", b"\xff", "opt/merges.txt line 1: byte 0xff is not UTF-8"),
+    ("tokenize as OPT", "opt/merges.txt", b"\xff", "vocab.json: no '\\udcff' in it; expected OPT's"),
     ("tokenize as OPT", "opt/merges.txt", "a b c\n", "expected OPT's byte-level BPE, whose merges are in merges.txt"),
     ("tokenize as OPT", "opt/merges.txt", "b a\n", "vocab.json: no 'ba' in it; expected OPT's"),
     # datasets
-    ("read", "train_retain.jsonl", "[" * 100_000, "train_retain.jsonl line 1: not JSON (maximum recursion"),
-    ("read", "train_retain.csv", "text,label\rfine,1\r", "train_retain.csv line 1: broken quotes"),
+    ("read", "train_retain.jsonl", "[" * 100_000, "train_retain.jsonl line 1: maximum recursion depth"),
+    ("read", "train_retain.csv", "text,label\rfine,1\r", "train_retain.csv line 1: new-line character seen"),
     ("own", "train_retain.jsonl", four_files("awful"), "label 'awful' occurs in the data; expected positive, negative"),
     # adapters and prompts
     ("adapt", "run/adapter/adapter_config.json", "{}", "peft_type None; expected a LoRA adapter"),
@@ -1955,7 +1962,7 @@ def test_readers_take_any_bytes(scratch, suffix, content):
     for row in only_documented(data.read_examples, path, ("text", "label"), dict) or []:
         assert {"text", "label"} <= row.keys()
         only_documented(data.text_of, row["text"], "text")
-    lines = [line for line, _ in only_documented(lambda: list(data.read_rows(path, ("text", "label")))) or []]
+    lines = [line for line, _ in only_documented(rows_with_lines, path, ("text", "label")) or []]
     assert lines == sorted(lines) and all(line >= 1 for line in lines)
 
 
