@@ -1161,13 +1161,13 @@ def test_explain_shows_phi_the_tokens_and_losses_that_equations_2_to_4_give(run_
     loaded = evaluate.load_run(run_micro("a"))
     capsys.readouterr()
     evaluate.explain(loaded)
-    forget, retain = capsys.readouterr().out.strip().split("\n\n")
+    forget, retain = capsys.readouterr().out.split("test retain, ")
     assert f"at positions 0 to 3, the tokens at 4 to {3 + len(loaded.prompts['test_forget'][0].ids)}" in forget
     prompt = loaded.prompts["test_retain"][0]
     with torch.no_grad():
         logp = loaded.model(torch.tensor([prompt.ids]), torch.tensor([len(prompt.ids) - 1]), loaded.prefix).log_softmax(-1)
     assert f"L_r = {-logp[0, prompt.label]:.4f}" in retain and "L_kl = " in retain and "L_f" not in retain
-    assert "L_f = " in forget and all("before phi" in part and "after phi" in part for part in (forget, retain))
+    assert "L_f = " in forget and all("without phi" in part and "with phi" in part for part in (forget, retain))
 
 
 def test_metrics_count_every_other_word_as_wrong_and_weigh_f1_by_the_true_labels():
@@ -1177,8 +1177,7 @@ def test_metrics_count_every_other_word_as_wrong_and_weigh_f1_by_the_true_labels
 def test_means_and_standard_deviations_are_taken_over_seeds():
     row = dict(method="spul", model="m", dataset="toy", alpha=1, beta=1, p=4, lr=0.1, forget_fraction=1.0)
     rows = [{**row, "seed": s, **{split: {"n": 1, "acc": acc, "f1": acc} for split in data.SPLITS}} for s, acc in ((0, 90.0), (1, 94.0))]
-    header, line = evaluate.collate_runs(rows)
-    assert line[2:4] == ["2", "92.0 +-2.8 / 92.0 +-2.8"] and len(line) == len(header)
+    assert evaluate.collate(rows) == [["method", "seeds", *evaluate.HEADS.values()], ["spul", "2", *4 * ["92.0 +-2.8 / 92.0 +-2.8"]]]
 
 
 def test_best_keeps_each_methods_rows_of_its_best_learning_rate():
@@ -1190,14 +1189,17 @@ def test_best_keeps_each_methods_rows_of_its_best_learning_rate():
     assert evaluate.best(rows) == rows[2:]
 
 
-def test_tables_3_and_4_put_each_cell_in_its_place_and_mean_over_seeds():
+def test_tables_3_and_4_have_a_line_for_each_value_that_spul_was_given_and_mean_over_seeds():
     def row(alpha, beta, fraction, seed, acc):
         return dict(method="spul", alpha=alpha, beta=beta, forget_fraction=fraction, seed=seed,
-                    **{s: {"acc": acc + i} for i, s in enumerate(data.SPLITS)})
+                    **{s: {"acc": acc + i, "f1": 1.0} for i, s in enumerate(data.SPLITS)})
     two = [row(1.0, 0.0, 1.0, 0, 10), row(1.0, 0.0, 1.0, 1, 20), {"method": "ga"}]
-    assert evaluate.ablation([*two, row(0.5, 1.0, 1.0, 0, 40)], "train_forget") == [["alpha \\ beta", "0", "1"], ["0.5", "-", "41.0"], ["1", "16.0 +-7.1", "-"]]
-    assert evaluate.by_fraction([*two, row(1.0, 0.0, 0.25, 0, 40)])[1:] == [["0.25", "40.0", "41.0", "42.0", "43.0"],
-                                              ["1", *(f"{m}.0 +-7.1" for m in (15, 16, 17, 18))]]
+    mean = ["2", *(f"{m}.0 +-7.1 / 1.0 +-0.0" for m in (15, 16, 17, 18))]
+    other = ["1", *(f"{m}.0 / 1.0" for m in (40, 41, 42, 43))]
+    assert evaluate.TABLES["3"]([*two, row(0.5, 1.0, 1.0, 0, 40)]) == [
+        ["method", "alpha", "beta", "seeds", *evaluate.HEADS.values()], ["spul", "1.0", "0.0", *mean], ["spul", "0.5", "1.0", *other]]
+    assert evaluate.TABLES["4"]([*two, row(1.0, 0.0, 0.25, 0, 40)]) == [
+        ["method", "forget_fraction", "seeds", *evaluate.HEADS.values()], ["spul", "1.0", *mean], ["spul", "0.25", *other]]
 
 
 def test_efficiency_counts_the_products_a_step_takes_and_says_nothing_of_rows_without_the_count(run_micro, monkeypatch):
@@ -1205,7 +1207,7 @@ def test_efficiency_counts_the_products_a_step_takes_and_says_nothing_of_rows_wi
     D, inner = 32, 80  # of the micro LM: 2 layers, the second of which makes only keys and values at every token
     assert row["flops_per_token"] == 4 * (4 * D * D + 3 * D * inner + 2 * D * D)
     rate = 2.0 * row["tokens_per_second"] * row["flops_per_token"]
-    monkeypatch.setattr(evaluate, "matmul_rate", lambda: rate)
+    monkeypatch.setattr(evaluate.timeit, "repeat", lambda product, **how: [9.0, 2 * 1024 ** 3 / rate])
     assert evaluate.efficiency([row])[1][-1] == "50 %"
     del row["flops_per_token"]
     assert evaluate.efficiency([row])[1][-1] == "-"
@@ -1252,7 +1254,8 @@ def test_membership_inference_finds_a_planted_memory_and_nothing_where_there_is_
             return noise
 
     def aucs(model):
-        seen, unseen = (evaluate.readings(model, part, [5, 6]) for part in (prompts[:600], prompts[600:]))
+        system = micro._replace(model=model, prefix=None)
+        seen, unseen = (evaluate.readings(system, part) for part in (prompts[:600], prompts[600:]))
         return evaluate.membership(seen, unseen).values()
 
     assert min(aucs(Memorises())) >= 95
@@ -1312,7 +1315,7 @@ def test_a_prompt_method_of_ones_own_gets_spuls_epochs_and_has_its_place_in_the_
     assert [rows[name]["epochs"] for name in ("spul", "mine", "ga")] == [2, 2, 1]
     accuracy = evaluate.audit_seed(tmp_path / "own", 0)["tables"]["accuracy"]
     for name in ("spul", "mine", "ga"):
-        assert [accuracy[name][head] for head in evaluate.HEADS] == [rows[name][split]["acc"] for split in data.SPLITS]
+        assert all(accuracy[name][head] == rows[name][split]["acc"] for split, head in evaluate.HEADS.items())
 
 
 def test_explain_on_the_command_line_shows_the_cell_of_this_command(run_micro, monkeypatch):
@@ -1323,11 +1326,14 @@ def test_explain_on_the_command_line_shows_the_cell_of_this_command(run_micro, m
     assert shown == [0.5]
 
 
-def test_tables_refuse_rows_that_differ_in_more_than_the_table_shows(run_micro):
+def test_tables_show_all_that_rows_differ_in_and_fig_2_refuses_rows_that_differ_in_more_than_its_axis(run_micro):
     rows = evaluate.read_rows(run_micro("grid", "--alpha", "0.5", "1", "--p", "3", "4"))
-    with pytest.raises(ValueError, match=r"differ in alpha too \(0.5, 1.0\); expected runs that differ in p alone"):
-        evaluate.group_spul(rows, "p")
-    assert len(evaluate.group_spul(rows, "p", "alpha")) == 4
+    lines = evaluate.spul_alone(rows)
+    assert [line[:4] for line in lines] == [["method", "alpha", "p", "seeds"], *(["spul", a, p, "1"] for a in ("0.5", "1.0") for p in "34")]
+    for shown, key, message in ((rows, "p", "differ in alpha and p; expected rows that differ in p alone"),
+                                (rows[:3], "p", "differ in nothing; expected rows that differ in p alone")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.plot_against(shown, key, "fig2.png")
 
 
 BAD_COMMANDS = {
