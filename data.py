@@ -383,7 +383,7 @@ def find_file(data_dir, stem):
 
 
 @contextmanager
-def reading(path):
+def reading_rows(path):
     """Yields a place: .text of the file, and .at, where the row in hand starts in it (or, of a .parquet, its number).
     Any mistake in the row is a ValueError of one line that names it: 'sst2/train.tsv line 3: FOUND; expected EXPECTED'."""
     place = SimpleNamespace(text="", at=0)
@@ -455,7 +455,7 @@ def read_examples(path, columns, example, header=True):
     header: a .tsv or .csv names its columns in the first row; without one it has exactly `columns`, in that order.
     """
     examples = []
-    with reading(path) as place:
+    with reading_rows(path) as place:
         for row in read_rows(path, columns, header, place):
             if not isinstance(row, dict) or not row.keys() >= set(columns):
                 found = list(row) if isinstance(row, dict) else row

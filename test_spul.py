@@ -858,7 +858,7 @@ def test_an_empty_forget_set_is_refused(tmp_path):
 
 def rows_with_lines(path, columns):
     """-> [(line that the row starts on, row)] of a file."""
-    with data.reading(path) as place:
+    with data.reading_rows(path) as place:
         return [(1 + place.text.count("\n", 0, place.at), row) for row in data.read_rows(path, columns, True, place)]
 
 
