@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Linear4bit, file_name, read_adapter, replace_modules, write_json, write_tensors
+from model import Linear4bit, check_shapes, file_name, read_adapter, reading, write_json, write_tensors
 
 
 class LoraLinear(nn.Module):
@@ -29,20 +29,10 @@ class LoraLinear(nn.Module):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (B,T,r)
         return self.base(x) + F.linear(low, self.alpha / self.rank * self.lora_B.to(x.dtype))  # (B,T,out)
 
-    def merged(self):
-        """-> nn.Linear with the DEQUANTISED weights plus the update in float32: the same function as forward's."""
-        base = self.base
-        weight = base.dense() if isinstance(base, Linear4bit) else base.weight.float()
-        return _linear(weight + self.alpha / self.rank * self.lora_B.detach() @ self.lora_A.detach(), base.bias)
-
-
-def _linear(weight, bias):
-    """weight (out,in), bias (out,) or None -> a frozen nn.Linear."""
-    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
-    return linear
+    def dense(self):
+        """-> the update in float32 upon the DEQUANTISED weights (out,in): the same function as forward's."""
+        W = self.base.dense() if isinstance(self.base, Linear4bit) else self.base.weight.float()
+        return W + self.alpha / self.rank * self.lora_B.detach() @ self.lora_A.detach()
 
 
 def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")):
@@ -50,14 +40,20 @@ def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")
 
     -> the trainable parameters, A and B of each. ValueError when no target is found.
     """
-    linear = {n: m for n, m in model.named_modules() if n.startswith("layers.") and isinstance(m, (nn.Linear, Linear4bit))}
-    loras = {name: LoraLinear(module, rank, alpha, dropout) for name, module in linear.items()
-             if "all" in targets or name.rpartition(".")[2] in targets}
-    if not loras:
+    linear = [n for n, m in model.named_modules() if n.startswith("layers.") and isinstance(m, (nn.Linear, Linear4bit))]
+    chosen = [name for name in linear if "all" in targets or name.rpartition(".")[2] in targets]
+    if not chosen:
         leaves = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(f"no linear map is called {' or '.join(targets)}; this model has {', '.join(leaves)}")
-    replace_modules(model, lambda name, module: loras.get(name))
-    return [w for lora in loras.values() for w in (lora.lora_A, lora.lora_B)]
+    return wrap(model, chosen, rank, alpha, dropout)
+
+
+def wrap(model, names, rank, alpha, dropout):
+    """Puts a LoraLinear in the place of each of these linear maps -> A and B of the first, of the second, ..."""
+    loras = [LoraLinear(model.get_submodule(name), rank, alpha, dropout) for name in names]
+    for name, lora in zip(names, loras):
+        model.set_submodule(name, lora)
+    return [w for lora in loras for w in (lora.lora_A, lora.lora_B)]
 
 
 def merge_lora(model, dtype=torch.float32):
@@ -66,15 +62,26 @@ def merge_lora(model, dtype=torch.float32):
     4-bit weights are dequantised, so the full-fine-tuning baselines start from the very function QLoRA trained.
     (released code: merges the adapter into the unquantised checkpoint, which is another function.)
     """
-    replace_modules(model, lambda name, m: m.merged() if isinstance(m, LoraLinear) else None)
-    replace_modules(model, lambda name, m: _linear(m.dense(), m.bias) if isinstance(m, Linear4bit) else None)
+    for name, m in list(model.named_modules()):
+        if isinstance(m, (LoraLinear, Linear4bit)) and not name.endswith(".base"):
+            weight = m.dense()
+            plain = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), getattr(m, "base", m).bias
+            model.set_submodule(name, plain)
     return model.to(dtype)
 
 
-# What PEFT writes into adapter_config.json without changing what the adapter computes.
-HARMLESS = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "inference_mode",
-            "base_model_name_or_path", "init_lora_weights", "megatron_core", "qalora_group_size", "peft_version",
-            "auto_mapping", "revision", "exclude_modules"}
+# What PEFT writes into adapter_config.json: HARMLESS changes nothing, PLAIN must be so, and all else must be off.
+HARMLESS = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "inference_mode",
+            "base_model_name_or_path", "megatron_core", "qalora_group_size", "peft_version", "auto_mapping", "revision",
+            "exclude_modules"}
+PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+OFF = (None, False, "", [], {})
+
+
+def tensor_names(model, name):
+    """The names of A and B of our linear map `name` in PEFT's files."""
+    return [f"base_model.model.{file_name(model, name)}.lora_{letter}.weight" for letter in "AB"]
 
 
 def save_adapter(model, dir, base=""):
@@ -84,9 +91,7 @@ def save_adapter(model, dir, base=""):
         raise ValueError("the model has no LoRA layers to save; call add_lora first")
     tensors = {}
     for name, m in loras.items():
-        stem = f"base_model.model.{file_name(model, name)}"
-        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = m.lora_A, m.lora_B
-    m = next(iter(loras.values()))
+        tensors |= zip(tensor_names(model, name), (m.lora_A, m.lora_B))
     write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
     write_json(Path(dir) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": m.rank,
@@ -100,31 +105,24 @@ def load_adapter(model, dir):
     ValueError or OSError, in one line, for options that are not implemented and for tensors that do not fit.
     """
     raw, tensors = read_adapter(dir, ("LORA",), "a LoRA adapter as PEFT writes it")
-    odd = [k for k, v in raw.items() if v and k not in HARMLESS]
-    odd += [k for k, ok in (("bias", ("none",)), ("init_lora_weights", (True, False, "gaussian")))
-            if raw.get(k, ok[0]) not in ok]
-    if odd:
-        raise ValueError(f"{dir}: {odd[0]} is {raw[odd[0]]!r}, which is not implemented; expected plain LoRA")
-    rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0)
-    if (type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e12
-            or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1):
-        raise ValueError(f"{dir}: r {rank!r}, lora_alpha {alpha!r:.40}, lora_dropout {dropout!r}; expected numbers, r >= 1, "
-                         "a dropout below 1")
+    with reading(Path(dir) / "adapter_config.json", "plain LoRA; r from 1, lora_alpha finite, lora_dropout below 1"):
+        for key, value in raw.items():
+            if key not in HARMLESS and value not in PLAIN.get(key, OFF):
+                raise ValueError(f"{key} is {value!r}, which is not implemented")
+        rank, alpha, dropout = raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0)
+        if type(rank) is not int or not (rank > 0 and abs(alpha) < 1e12 and 0 <= dropout < 1):
+            raise ValueError(f"r {rank!r}, lora_alpha {alpha!r:.40}, lora_dropout {dropout!r}")
     tensors = {n: t for n, t in tensors.items() if not n.endswith(".base_layer.weight")}  # PEFT's copy of a head
-    modules, params = {f"base_model.model.{file_name(model, n)}": m for n, m in model.named_modules()}, []
-    for stem in sorted({name.rpartition(".lora_")[0] for name in tensors}):
-        base = modules.get(stem)
-        pair = [tensors.get(f"{stem}.lora_{x}.weight") for x in "AB"]
-        if not isinstance(base, (nn.Linear, Linear4bit)) or None in pair:
-            raise ValueError(f"{dir}: tensors at {stem or min(tensors)!r} are no LoRA pair for a linear map of this model")
-        want = [(rank, base.in_features), (base.out_features, rank)]
-        if [shape for shape, _ in pair] != want:
-            raise ValueError(f"{dir}: {stem} has shapes {[shape for shape, _ in pair]}; this model and r ask for {want}")
-        lora = LoraLinear(base, rank, alpha, float(dropout))
-        for w, (_, load) in zip((lora.lora_A, lora.lora_B), pair):
-            w.data.copy_(load())
-        replace_modules(model, lambda name, m: lora if m is base else None)
-        params += [lora.lora_A, lora.lora_B]
-    if not params:
+    names, expected = [], {}
+    for name, m in model.named_modules():
+        a, b = tensor_names(model, name)
+        if isinstance(m, (nn.Linear, Linear4bit)) and (a in tensors or b in tensors):
+            names.append(name)
+            expected |= {a: (rank, m.in_features), b: (m.out_features, rank)}
+    check_shapes(dir, tensors, expected)
+    if not names:
         raise ValueError(f"{dir}: no tensors; expected a LoRA pair for each linear map that the adapter changes")
+    params = wrap(model, names, rank, alpha, float(dropout))
+    for w, name in zip(params, expected):
+        w.data.copy_(tensors[name][1]())
     return params

@@ -9,6 +9,7 @@ G equals H, except under grouped-query attention, where H / G query heads share 
 Parameters bear Hugging Face's names, without the leading `model.` or `model.decoder.`.
 Every loaded weight is frozen: SPUL trains none of them.
 """
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -44,30 +46,28 @@ def quantize_nf4(w, block_size=64):
     share a byte, the first in the high half. Bit for bit bitsandbytes' result: a tie goes to the lower code, and the
     last, shorter block is divided by absmax where full blocks are multiplied by its inverse.
     """
-    flat, packed, scales = w.reshape(-1), [], []
-    midpoints = MIDPOINTS.to(w.device)
-    for part in flat.split(2 ** 20 // block_size * block_size):  # 1 M values at a time keep the float32 copy small
-        full = part.numel() // block_size * block_size
-        blocks, rest = part[:full].float().view(-1, block_size), part[full:].float()
+    packed, scales, midpoints = [], [], MIDPOINTS.to(w.device)
+    for part in w.reshape(-1).split(2 ** 20 // block_size * block_size):  # 1 M values: a small float32 copy
+        n = len(part)
+        blocks = F.pad(part.float(), (0, -n % block_size)).view(-1, block_size)
         absmax = blocks.abs().amax(1)
-        scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).reshape(-1)
-        if rest.numel():
-            last = rest.abs().amax().clamp(min=1e-38)
-            absmax, scaled = torch.cat([absmax, last[None]]), torch.cat([scaled, rest / last])
-        codes = torch.bucketize(F.pad(scaled, (0, scaled.numel() % 2)), midpoints, out_int32=True).to(torch.uint8)
+        scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
+        if n % block_size:
+            absmax[-1] = absmax[-1].clamp(min=1e-38)
+            scaled[-1] = blocks[-1] / absmax[-1]
+        codes = torch.bucketize(scaled.view(-1)[:n + n % 2], midpoints, out_int32=True).to(torch.uint8)
         packed.append(codes[::2] << 4 | codes[1::2])
         scales.append(absmax)
     return torch.cat(packed), torch.cat(scales)
 
 
 def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block_size=64):
-    """packed, absmax as `quantize_nf4` gives them -> weights of `shape` and `dtype`; the product is taken in float32."""
+    """packed, absmax as `quantize_nf4` gives them -> weights of `shape` and `dtype`, multiplied in float32."""
     n = math.prod(shape)
     values = F.embedding(packed.int(), PAIRS.to(packed.device)).view(-1)[:n]  # (n,)
-    full = n // block_size
-    values[:full * block_size].view(full, block_size).mul_(absmax[:full, None])
-    if n % block_size:
-        values[full * block_size:].mul_(absmax[-1])
+    full = n - n % block_size
+    values[:full].view(-1, block_size).mul_(absmax[:n // block_size, None])
+    values[full:].mul_(absmax[-1])  # the last, shorter block, or nothing
     return values.view(shape).to(dtype)
 
 
@@ -88,20 +88,20 @@ class _MatMul4bit(torch.autograd.Function):
 class Linear4bit(nn.Module):
     """y = x W.T + bias with a frozen W (out,in) in NF4: 0.56 bytes a weight, the block scales included."""
 
-    def __init__(self, in_features, out_features, bias=False, device=None):
+    def __init__(self, weight, bias=None):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        n = in_features * out_features
-        self.register_buffer("packed", torch.zeros(-(-n // 2), dtype=torch.uint8, device=device))
-        self.register_buffer("absmax", torch.zeros(-(-n // 64), device=device))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False) if bias else None
+        self.out_features, self.in_features = self.shape = weight.shape
+        packed, absmax = quantize_nf4(weight)
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax", absmax)
+        self.bias = bias
 
     def dense(self, dtype=torch.float32):
         """-> W (out,in)."""
-        return dequantize_nf4(self.packed, self.absmax, (self.out_features, self.in_features), dtype)
+        return dequantize_nf4(self.packed, self.absmax, self.shape, dtype)
 
     def forward(self, x):
-        y = _MatMul4bit.apply(x, self.packed, self.absmax, (self.out_features, self.in_features))
+        y = _MatMul4bit.apply(x, self.packed, self.absmax, self.shape)
         return y if self.bias is None else y + self.bias
 
 
@@ -122,32 +122,8 @@ class Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
-    word_embed_proj_dim: int = 0
+    word_embed_proj_dim: int = None
     do_layer_norm_before: bool = True
-
-
-def attend(q, k, v, prefix=None, answer_pos=None):
-    """Causal attention of q (B,H,T,d) over k, v (B,G,T,d), after prefix K, V (1,G,p,d) if there are -> (B,T,H*d).
-
-    With answer_pos (B,) q is (B,H,1,d), the query at that position alone. Right padding needs no mask: a real token
-    never looks right. Every token may look at the whole soft prompt.
-    """
-    B, H, T, d = q.shape
-    mask, p = None, 0
-    if prefix is not None:
-        p = prefix[0].shape[2]
-        k, v = (torch.cat([a.expand(B, -1, -1, -1), b], dim=2) for a, b in zip(prefix, (k, v)))  # (B,G,p+T,d)
-        mask = torch.ones(T, p + T, dtype=torch.bool, device=q.device).tril(p)
-    if answer_pos is not None:
-        mask = torch.arange(k.shape[2], device=q.device) <= p + answer_pos[:, None, None, None]  # (B,1,1,p+T)
-    if k.shape[1] < H:
-        k, v = (a.repeat_interleave(H // a.shape[1], dim=1) for a in (k, v))  # (B,H,p+T,d)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # on a CPU its backward pass is 7 times slower than float32's
-        with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=mask is None).to(q.dtype)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-    return y.transpose(1, 2).reshape(B, T, H * d)
 
 
 class RMSNorm(nn.Module):
@@ -175,11 +151,6 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def heads(x, d):
-    """(B,T,H*d) -> (B,H,T,d)."""
-    return x.view(*x.shape[:2], -1, d).transpose(1, 2)
-
-
 def at(x, answer_pos):
     """x (B,T,D), answer_pos (B,) -> (B,1,D); x itself when answer_pos is None.
 
@@ -188,48 +159,64 @@ def at(x, answer_pos):
     return x if answer_pos is None else x[torch.arange(len(x), device=x.device), answer_pos, None]
 
 
-class LlamaAttention(nn.Module):
-    """x (B,T,D) -> (B,T,D), or (B,1,D) at answer_pos (B,), and K, V (B,G,T,d) with their rotary positions."""
-    def __init__(self, c):
+class Attention(nn.Module):
+    """Causal self-attention: x (B,T,D) -> (B,T,D), and the keys and values K, V (B,G,T,d) of these tokens.
+
+    prefix: K, V (1,G,p,d) of what stands before the text, or None; every token may look at all of it. With answer_pos
+    (B,) there is one query, at that position -> (B,1,D). Right padding needs no mask: a real token never looks right.
+    """
+
+    def __init__(self, c, out, bias):
         super().__init__()
-        self.d = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.d, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * self.d, c.hidden_size, bias=False)
+        self.d, self.out = c.head_dim, out  # the output's map is called o_proj in LLaMA, out_proj in OPT
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * self.d, bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d, bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * self.d, bias)
+        self.add_module(out, nn.Linear(c.num_attention_heads * self.d, c.hidden_size, bias))
 
-    def forward(self, x, prefix, answer_pos, angles):
-        q, k, v = (heads(y, self.d) for y in (self.q_proj(at(x, answer_pos)), self.k_proj(x), self.v_proj(x)))
-        q = rotate(q, *(angles if answer_pos is None else (a[answer_pos, None, None] for a in angles)))  # (B,1,1,d/2)
-        k = rotate(k, *angles)
-        return self.o_proj(attend(q, k, v, prefix, answer_pos)), (k, v)
-
-
-class LlamaMLP(nn.Module):
-    """x (B,T,D) -> (B,T,D): SwiGLU."""
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+    def forward(self, x, prefix, answer_pos, angles=None):
+        q, k, v = (y.unflatten(-1, (-1, self.d)).transpose(1, 2)  # (B,H,T,d), (B,G,T,d), (B,G,T,d)
+                   for y in (self.q_proj(at(x, answer_pos)), self.k_proj(x), self.v_proj(x)))
+        if angles is not None:
+            q = rotate(q, *(angles if answer_pos is None else (a[answer_pos, None, None] for a in angles)))  # (B,1,1,d/2)
+            k = rotate(k, *angles)
+        B, H, T, _ = q.shape
+        kv, p, mask = (k, v), 0, None
+        if prefix is not None:
+            p = prefix[0].shape[2]
+            k, v = (torch.cat([a.expand(B, -1, -1, -1), b], dim=2) for a, b in zip(prefix, kv))  # (B,G,p+T,d)
+        if answer_pos is not None:
+            mask = torch.arange(k.shape[2], device=x.device) <= p + answer_pos[:, None, None, None]  # (B,1,1,p+T)
+        elif p:
+            mask = torch.ones(T, p + T, dtype=torch.bool, device=x.device).tril(p)
+        if k.shape[1] < H:
+            k, v = (a.repeat_interleave(H // a.shape[1], dim=1) for a in (k, v))  # (B,H,p+T,d)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose backward pass is 7 times slower
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=mask is None).to(q.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return getattr(self, self.out)(y.transpose(1, 2).flatten(2)), kv
 
 
 class LlamaLayer(nn.Module):
     """x (B,T,D) -> (B,T,D), or (B,1,D) at answer_pos (B,), and the attention's K, V."""
+
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = LlamaAttention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = LlamaMLP(c)
+        D, width = c.hidden_size, c.intermediate_size
+        self.input_layernorm = RMSNorm(D, c.rms_norm_eps)
+        self.self_attn = Attention(c, "o_proj", bias=False)
+        self.post_attention_layernorm = RMSNorm(D, c.rms_norm_eps)
+        self.mlp = nn.ModuleDict({"gate_proj": nn.Linear(D, width, bias=False),
+                                  "up_proj": nn.Linear(D, width, bias=False),
+                                  "down_proj": nn.Linear(width, D, bias=False)})
 
     def forward(self, x, prefix, answer_pos, angles):
         a, kv = self.self_attn(self.input_layernorm(x), prefix, answer_pos, angles)
         x = at(x, answer_pos) + a
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        m = self.post_attention_layernorm(x)
+        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(m)) * self.mlp.up_proj(m)), kv  # SwiGLU
 
 
 class Llama(nn.Module):
@@ -247,7 +234,7 @@ class Llama(nn.Module):
 
     def hidden(self, tokens, answer_pos=None, prefix=None):
         """-> the state h that lm_head reads, (B,D) at answer_pos or (B,T,D), and every layer's K, V (B,G,T,d)."""
-        x = embed(self, tokens)
+        x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         p = prefix[0][0].shape[2] if prefix else 0
         x, kv = run_layers(self, x, prefix, answer_pos, rotary_angles(x.shape[1], p, self.config, x))
         return self.norm(x), kv
@@ -260,27 +247,14 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden(tokens, answer_pos, prefix)[0])
 
 
-class OPTAttention(nn.Module):
-    """x (B,T,D) -> (B,T,D), or (B,1,D) at answer_pos (B,), and K, V (B,H,T,d)."""
-    def __init__(self, c):
-        super().__init__()
-        self.d = c.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
-
-    def forward(self, x, prefix, answer_pos):
-        q, k, v = (heads(y, self.d) for y in (self.q_proj(at(x, answer_pos)), self.k_proj(x), self.v_proj(x)))
-        return self.out_proj(attend(q, k, v, prefix, answer_pos)), (k, v)
-
-
 class OPTLayer(nn.Module):
-    """The norms stand before attention and MLP; in OPT-350m alone after them."""
+    """As `LlamaLayer`. The norms stand before attention and MLP; in OPT-350m alone after them."""
 
     def __init__(self, c):
         super().__init__()
         self.pre = c.do_layer_norm_before
         self.self_attn_layer_norm = nn.LayerNorm(c.hidden_size)
-        self.self_attn = OPTAttention(c)
+        self.self_attn = Attention(c, "out_proj", bias=True)
         self.final_layer_norm = nn.LayerNorm(c.hidden_size)
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
@@ -303,46 +277,36 @@ class OPT(nn.Module):
         D, E = c.hidden_size, c.word_embed_proj_dim
         self.embed_tokens = nn.Embedding(c.vocab_size, E)
         self.embed_positions = nn.Embedding(c.max_position_embeddings + 2, D)  # rows 0 and 1 are never used
-        self.project_in = nn.Linear(E, D, bias=False) if E != D else None
+        self.project_in = nn.Linear(E, D, bias=False) if E != D else nn.Identity()
         self.layers = nn.ModuleList(OPTLayer(c) for _ in range(c.num_hidden_layers))
-        self.final_layer_norm = nn.LayerNorm(D) if c.do_layer_norm_before else None
-        self.project_out = nn.Linear(D, E, bias=False) if E != D else None
+        self.final_layer_norm = nn.LayerNorm(D) if c.do_layer_norm_before else nn.Identity()
+        self.project_out = nn.Linear(D, E, bias=False) if E != D else nn.Identity()
         self.lm_head = nn.Linear(E, c.vocab_size, bias=False)
         tie(self)
 
     def hidden(self, tokens, answer_pos=None, prefix=None):
         """As `Llama.hidden`; h has the width of the embeddings, 512 in OPT-350m where D is 1024."""
-        x = embed(self, tokens)
+        x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         T, p = x.shape[1], prefix[0][0].shape[2] if prefix else 0
         if p + T > self.config.max_position_embeddings:
             raise ValueError(f"{p} prompt tokens and {T} text tokens are more than OPT's "
                              f"{self.config.max_position_embeddings} positions; lower --max-len or --p")
-        x = x if self.project_in is None else self.project_in(x)
-        x = x + self.embed_positions(torch.arange(p, p + T, device=x.device) + 2)
+        x = self.project_in(x) + self.embed_positions(torch.arange(p, p + T, device=x.device) + 2)
         x, kv = run_layers(self, x, prefix, answer_pos)
-        x = x if self.final_layer_norm is None else self.final_layer_norm(x)
-        return (x if self.project_out is None else self.project_out(x)), kv
+        return self.project_out(self.final_layer_norm(x)), kv
 
     forward = Llama.forward
 
 
-def embed(model, tokens):
-    """Token numbers (B,T) -> embeddings (B,T,D); embeddings pass through."""
-    return tokens if tokens.is_floating_point() else model.embed_tokens(tokens)
-
-
-def run_layers(model, x, prefix, answer_pos, *extra):
+def run_layers(model, x, prefix, answer_pos, *angles):
     """x (B,T,D) through all layers -> x, [(K, V) of each layer]; with answer_pos (B,) x (B,D) is that position's.
 
     With checkpointing, only the layers' inputs are kept for the backward pass.
     """
-    kv, last = [], len(model.layers) - 1
+    kv, last, checkpointing = [], len(model.layers) - 1, model.checkpointing and torch.is_grad_enabled()
     for i, layer in enumerate(model.layers):
-        args = (x, prefix[i] if prefix else None, answer_pos if i == last else None, *extra)
-        if model.checkpointing and torch.is_grad_enabled():
-            x, layer_kv = checkpoint(layer, *args, use_reentrant=False)
-        else:
-            x, layer_kv = layer(*args)
+        call = functools.partial(checkpoint, layer, use_reentrant=False) if checkpointing else layer
+        x, layer_kv = call(x, prefix[i] if prefix else None, answer_pos if i == last else None, *angles)
         kv.append(layer_kv)
     return x if answer_pos is None else x[:, 0], kv
 
@@ -359,12 +323,6 @@ def build(config):
 
 
 # ------------------------------------------------------------------------------------------------------ files
-
-# Settings of config.json that the forward pass above has not got: any other value than this one is refused.
-ONLY = {"llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
-        "opt": {"activation_function": "relu", "enable_bias": True, "layer_norm_elementwise_affine": True,
-                "_remove_final_layer_norm": False, "tie_word_embeddings": True}}
-
 
 @contextmanager
 def whole(path):
@@ -396,178 +354,156 @@ def write_json(path, value):
         part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path, expected, keys=()):
-    """-> the JSON object in `path`, with these keys. ValueError or OSError, in one line, without; `expected`: what it is."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: not JSON ({e}); expected {expected}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a {type(value).__name__}; expected {expected}, a JSON object")
-    for key in keys:
-        if key not in value:
-            raise ValueError(f"{path}: no {key!r} in it; expected {expected}")
-    return value
-
-
-def read_config(dir):
-    """dir/config.json, as transformers 4 or 5 writes it -> Config. What is not implemented is refused by name."""
-    path = Path(dir) / "config.json"
-    raw = read_json(path, "a checkpoint directory in Hugging Face's layout")
-    kind = raw.get("model_type")
-    if kind not in list(ONLY):
-        raise ValueError(f"{path}: model_type {kind!r}; only 'llama' and 'opt' are implemented")
-    rope = raw.get("rope_parameters") or {}
-    rope = dict(rope if isinstance(rope, dict) else {"rope_type": rope})
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
-        raise ValueError(f"{path}: rope_parameters {raw['rope_parameters']}; only plain rotary positions are implemented")
-    for key, value in {**ONLY[kind], "quantization_config": None}.items():
-        if raw.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {raw[key]!r}; only {value!r} is implemented")
-    D, H = (raw.get(key) if type(raw.get(key)) is int else 0 for key in ("hidden_size", "num_attention_heads"))
-    c = {"intermediate_size": raw.get("ffn_dim"), "num_key_value_heads": H, "word_embed_proj_dim": D,
-         "head_dim": D // max(H, 1), "tie_word_embeddings": kind == "opt",
-         **{key: value for key, value in raw.items() if value is not None}, "rope_theta": theta}
-    config = Config(**{key: c.get(key, getattr(Config, key, None)) for key in Config.__annotations__})
-    check_config(path, config)
-    return config
-
-
-def check_config(path, c):
-    """ValueError for sizes that are no sizes, or that do not fit together."""
-    for key, kind in Config.__annotations__.items():
-        value, limit = getattr(c, key), 1000 if key == "num_hidden_layers" else 2 ** 24
-        if kind is int and (type(value) is not int or not 0 < value <= limit):
-            raise ValueError(f"{path}: {key} is {value!r}; expected a whole number from 1 to {limit}")
-        if kind is float and not (isinstance(value, (int, float)) and 0 < value < 1e12):
-            raise ValueError(f"{path}: {key} is {value!r}; expected a positive number")
-        if kind is bool and type(value) is not bool:
-            raise ValueError(f"{path}: {key} is {value!r}; expected true or false")
-    H, G, d, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
-    if H % G or (d % 2 if c.model_type == "llama" else H * d != D or G != H) or H * d > 2 ** 24:
-        raise ValueError(f"{path}: {H} heads and {G} key/value heads of width {d} do not fit a model of width {D}")
-
-
-def config_json(c):
-    """Config -> the dict that transformers 4 and 5 both read from config.json."""
-    if c.model_type == "llama":
-        return {**asdict(c), "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "bos_token_id": 1,
-                "eos_token_id": 2}
-    return {**asdict(c), "architectures": ["OPTForCausalLM"], "activation_function": "relu", "bos_token_id": 2,
-            "eos_token_id": 2, "pad_token_id": 1, "ffn_dim": c.intermediate_size}
-
-
-def checkpoint_files(dir):
-    """-> the weight files of a checkpoint directory: one file, or the shards that an index names."""
-    for file in (Path(dir) / "model.safetensors", Path(dir) / "pytorch_model.bin"):
-        index = Path(f"{file}.index.json")
-        if file.is_file():
-            return [file]
-        if index.is_file():
-            where = read_json(index, "an index of shards").get("weight_map")
-            names = sorted({str(name) for name in where.values()}) if isinstance(where, dict) else []
-            # a checkpoint may come from a stranger: its shards lie beside the index
-            odd = [name for name in names if Path(name).name != name or Path(name).suffix != file.suffix]
-            if odd or not names:
-                raise ValueError(f"{index}: its map names {odd[:1] or 'no shards'}; expected {file.suffix} files beside it")
-            return [file.with_name(name) for name in names]
-    raise FileNotFoundError(f"{dir}: no model.safetensors or pytorch_model.bin, single or with an index; "
-                            "expected a checkpoint directory in Hugging Face's layout")
-
-
-def read_tensors(path):
-    """One .safetensors or .bin file -> {name: (shape, load)} where load() reads that tensor alone."""
-    def load(name):
-        with safe_open(path, "pt") as f:  # opened anew for each tensor: closing it gives the mapped pages back
-            return checked(name, f.get_tensor(name))
-
-    def checked(name, tensor):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; expected float32, float16 or bfloat16")
-        if tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
-            raise ValueError(f"{path}: tensor {name} holds NaN or infinity; is the file damaged?")
-        return tensor
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, but one beside it asks for it; was a download cut off?")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                return {n: (tuple(f.get_slice(n).get_shape()), lambda n=n: load(n)) for n in f.keys()}
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return {str(n): (tuple(t.shape), lambda n=n, t=t: checked(n, t)) for n, t in state.items()}
-    except Exception as e:  # of many kinds; at pickle.UnpicklingError torch advises to run the code that the file brings
-        reason = type(e).__name__ if "Unpickling" in type(e).__name__ else f"{type(e).__name__}: {e}".split("\n")[0]
-        raise ValueError(f"{path}: torn, foreign or unsafe ({reason}); expected tensors and nothing else") from None
-
-
-def read_adapter(dir, kinds, expected):
-    """dir, as PEFT writes it, peft_type one of kinds -> adapter_config.json as a dict, and what `read_tensors` gives."""
-    raw = read_json(Path(dir) / "adapter_config.json", expected)
-    if raw.get("peft_type") not in kinds:
-        raise ValueError(f"{dir}: peft_type {raw.get('peft_type')!r}; expected {expected}, {' or '.join(kinds)}")
-    for file in (Path(dir) / "adapter_model.safetensors", Path(dir) / "adapter_model.bin"):
-        if file.is_file():
-            return raw, read_tensors(file)
-    raise FileNotFoundError(f"{dir}: no adapter_model.safetensors or adapter_model.bin; expected {expected}")
-
-
 def write_tensors(path, tensors):
     """Writes {name: tensor} as .safetensors, whole or not at all."""
     with whole(path) as part:
         save_file({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, part, metadata={"format": "pt"})
 
 
-def find_tensors(dir, model):
-    """-> {parameter name: (shape, load)}, exactly the model's parameters in exactly its shapes, or a ValueError."""
-    found = {}
-    for path in checkpoint_files(dir):
-        for name, entry in read_tensors(path).items():
-            for prefix in ("model.", "decoder."):
-                name = name.removeprefix(prefix)
-            if name.endswith("rotary_emb.inv_freq"):  # LLaMA-2's files carry these constants
-                continue
-            if name in found:
-                raise ValueError(f"{dir}: tensor {name} occurs twice; expected it once")
-            found[name] = entry
-    expected = {n: tuple(w.shape) for n, w in model.named_parameters()}
-    if model.config.tie_word_embeddings and "lm_head.weight" in found:
-        head = found.pop("lm_head.weight")
-        found.setdefault("embed_tokens.weight", head)
+@contextmanager
+def reading(path, expected):
+    """Whatever goes wrong inside, for a file may hold anything, is one line: "path: what was found; expected ..."."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; expected {expected}") from None
+    except (MemoryError, torch.OutOfMemoryError):  # not the file's fault
+        raise
+    except Exception as e:
+        said = str(e).partition("\n")[0]  # at an UnpicklingError: how to run the code that the file brings
+        found = {ValueError: said, KeyError: f"no {said} in it", json.JSONDecodeError: f"not JSON ({said})",
+                 UnpicklingError: "code, or no pickle"}.get(type(e), f"{type(e).__name__}: {said}".rstrip(": "))
+        raise ValueError(f"{path}: {found}; expected {expected}") from None
+
+
+def read_json(path, expected, keys=()):
+    """-> the JSON object in `path`, with these keys. ValueError or OSError, in one line, without."""
+    with reading(path, expected):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"found a {type(value).__name__}")
+        for key in keys:
+            value[key]  # or a KeyError, which `reading` puts into words
+    return value
+
+
+def read_tensors(path):
+    """One .safetensors or .bin file -> {name: (shape, load)} where load() reads that tensor alone."""
+    def get(name):
+        with safe_open(path, "pt") as f:  # opened anew for each tensor: closing it gives the mapped pages back
+            return f.get_tensor(name)
+
+    def load(name):
+        with reading(path, "finite numbers in float32, float16 or bfloat16"):
+            tensor = get(name)
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"tensor {name} is {tensor.dtype}")
+            if not all(end.isfinite() for end in tensor.aminmax()):
+                raise ValueError(f"tensor {name} holds NaN or infinity")
+        return tensor
+
+    with reading(path, "tensors and nothing else; was a download cut off?"):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f:
+                shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = {str(name): tensor for name, tensor in state.items()}
+            shapes, get = {name: tuple(tensor.shape) for name, tensor in state.items()}, state.get
+    return {name: (shape, functools.partial(load, name)) for name, shape in shapes.items()}
+
+
+def read_weights(dir, *names):
+    """-> [(tensor name, (shape, load))] of the first of these files in dir, or of the shards that its index names."""
+    for file in (Path(dir) / name for name in names):
+        index, shards = Path(f"{file}.index.json"), []
+        if file.is_file():
+            shards = [file]
+        elif index.is_file():
+            where = read_json(index, "an index of shards", ["weight_map"])["weight_map"]
+            with reading(index, f"a map to {file.suffix} files beside it"):  # a stranger's may lead elsewhere
+                shards = sorted({file.with_name(str(name)) for name in where.values()})
+                if {shard.suffix for shard in shards} != {file.suffix}:
+                    raise ValueError(f"a map to {', '.join(shard.name for shard in shards[:2]) or 'nothing'}")
+        if shards:
+            return [entry for shard in shards for entry in read_tensors(shard).items()]
+    raise FileNotFoundError(f"{dir}: no {' or '.join(names)}, single or with an index; expected Hugging Face's layout")
+
+
+def read_adapter(dir, kinds, expected):
+    """dir as PEFT writes it, peft_type one of kinds -> adapter_config.json as a dict, and {name: (shape, load)}."""
+    raw = read_json(Path(dir) / "adapter_config.json", expected)
+    if raw.get("peft_type") not in kinds:
+        raise ValueError(f"{dir}: peft_type {raw.get('peft_type')!r}; expected {expected}, {' or '.join(kinds)}")
+    return raw, dict(read_weights(dir, "adapter_model.safetensors", "adapter_model.bin"))
+
+
+def check_shapes(dir, found, expected):
+    """ValueError for the first tensor of found, {name: (shape, load)}, that differs from expected, {name: shape}."""
     for name in sorted(expected.keys() | found.keys()):
         shape, want = found.get(name, ("missing",))[0], expected.get(name, "no such tensor")
         if shape != want:
-            raise ValueError(f"{dir}: tensor {name} is {shape}; config.json asks for {want}")
+            raise ValueError(f"{dir}: tensor {name} is {shape}; its configuration asks for {want}")
+
+
+# Settings of config.json that the forward pass above has not got: any other value than this one is refused.
+PLAIN_ROPE = {"rope_type": "default", "partial_rotary_factor": 1.0}
+ONLY = {"llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None},
+        "opt": {"activation_function": "relu", "enable_bias": True, "layer_norm_elementwise_affine": True,
+                "_remove_final_layer_norm": False, "tie_word_embeddings": True}}
+
+
+def read_config(dir):
+    """dir/config.json, as transformers 4 or 5 writes it -> Config. What is not implemented is refused by name."""
+    path = Path(dir) / "config.json"
+    raw = read_json(path, "a checkpoint directory in Hugging Face's layout", ["model_type"])
+    with reading(path, "a LLaMA or an OPT as transformers writes it"):
+        kind, rope = raw["model_type"], raw.get("rope_parameters") or {}
+        if kind not in list(ONLY):
+            raise ValueError(f"model_type is {kind!r}; only 'llama' and 'opt' are implemented")
+        rope = {**PLAIN_ROPE, **(rope if isinstance(rope, dict) else {"rope_type": rope})}
+        theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))  # transformers 4 kept it outside
+        only = {**ONLY[kind], "rope_parameters": PLAIN_ROPE, "quantization_config": None}
+        asked = {**only, **raw, "rope_parameters": rope}
+        for key, value in only.items():
+            if asked[key] != value:
+                raise ValueError(f"{key} is {asked[key]!r}; only {value!r} is implemented")
+        D, H = raw["hidden_size"], raw["num_attention_heads"]
+        named = {key: value for key, value in raw.items() if value is not None}
+        c = {"intermediate_size": raw.get("ffn_dim"), "num_key_value_heads": H, "head_dim": D // H,
+             "word_embed_proj_dim": D, "tie_word_embeddings": kind == "opt", **named, "rope_theta": theta}
+        config = Config(**{key: c[key] for key in Config.__annotations__ if key in c})
+        check_config(config)
+    return config
+
+
+def check_config(c):
+    """ValueError for sizes that are no sizes, or that do not fit together."""
+    for key, kind in Config.__annotations__.items():
+        value, limit = getattr(c, key), {"num_hidden_layers": 1000, "rope_theta": 10 ** 11}.get(key, 2 ** 24)
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{key} is {value!r}, not true or false")
+        if kind in (int, float) and not (type(value) in (int, kind) and 0 < value <= limit):
+            raise ValueError(f"{key} is {value!r}, not a {'whole' if kind is int else 'positive'} number up to {limit}")
+    H, G, d, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size
+    if H % G or (d % 2 if c.model_type == "llama" else H * d != D or G != H) or H * d > 2 ** 24:
+        raise ValueError(f"{H} heads and {G} key/value heads of width {d} do not fit a model of width {D}")
+
+
+def find_tensors(dir, model):
+    """-> {parameter name: (shape, load)}, exactly the model's parameters in exactly its shapes, or a ValueError."""
+    found = {}
+    for name, entry in read_weights(dir, "model.safetensors", "pytorch_model.bin"):
+        name = name.removeprefix("model.").removeprefix("decoder.")
+        if name in found:
+            raise ValueError(f"{dir}: tensor {name} occurs twice; expected it once")
+        if not name.endswith("rotary_emb.inv_freq"):  # LLaMA-2's files carry these constants
+            found[name] = entry
+    if model.config.tie_word_embeddings and "lm_head.weight" in found:
+        head = found.pop("lm_head.weight")
+        found.setdefault("embed_tokens.weight", head)
+    check_shapes(dir, found, {name: tuple(w.shape) for name, w in model.named_parameters()})
     return found
-
-
-def check_device(device):
-    """ValueError, in one line, for a device that is not there."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device}: no such device here; expected cpu, or cuda where there is a GPU") from None
-
-
-def fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware: a GPU from Ampere on, a CPU with AVX512-BF16 or AMX."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
-
-
-def replace_modules(model, choose):
-    """Puts choose(name, module) in the module's place wherever that is not None."""
-    for name, module in list(model.named_modules()):
-        new = choose(name, module)
-        if new is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, new)
 
 
 def load_model(dir, weights="nf4", device="cpu", dtype=None):
@@ -583,14 +519,11 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
     with torch.device("meta"):
         model = build(read_config(dir))
     found = find_tensors(dir, model)
-    if weights == "nf4":
-        replace_modules(model, lambda name, m: Linear4bit(m.in_features, m.out_features, m.bias is not None, device="meta")
-                        if isinstance(m, nn.Linear) and name != "lm_head" else None)
     for name, (_, load) in sorted(found.items(), key=lambda item: -math.prod(item[1][0])):  # the largest need most room
-        layer, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        tensor = load()
-        if isinstance(layer, Linear4bit) and leaf == "weight":
-            layer.packed, layer.absmax = quantize_nf4(tensor.to(device))
+        place, _, leaf = name.rpartition(".")
+        layer, tensor = model.get_submodule(place), load()
+        if weights == "nf4" and leaf == "weight" and isinstance(layer, nn.Linear) and layer is not model.lm_head:
+            model.set_submodule(place, Linear4bit(tensor.to(device), layer.bias))
         else:
             setattr(layer, leaf, nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False))
     tie(model)
@@ -604,10 +537,32 @@ def file_name(model, name):
 
 def save_model(model, dir):
     """Writes config.json and model.safetensors as transformers reads them; 4-bit weights are written out unpacked."""
-    dtype = model.embed_tokens.weight.dtype
+    c, dtype = model.config, model.embed_tokens.weight.dtype
     state = {f"{name}.weight": m.dense(dtype) for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     state |= dict(model.named_parameters())
     if any(".lora_A" in name for name in state):
         raise ValueError("the model has LoRA layers, which a plain checkpoint cannot hold; call merge_lora first")
     write_tensors(Path(dir) / "model.safetensors", {file_name(model, name): w for name, w in state.items()})
-    write_json(Path(dir) / "config.json", {**config_json(model.config), "dtype": str(dtype).removeprefix("torch.")})
+    more = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2}
+    if c.model_type == "opt":
+        more = {"architectures": ["OPTForCausalLM"], "activation_function": "relu", "bos_token_id": 2,
+                "eos_token_id": 2, "pad_token_id": 1, "ffn_dim": c.intermediate_size}
+    write_json(Path(dir) / "config.json", {**asdict(c), **more, "dtype": str(dtype).removeprefix("torch.")})
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+def check_device(device):
+    """ValueError, in one line, for a device that is not there."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device}: no such device here; expected cpu, or cuda where there is a GPU") from None
+
+
+def fast_bf16(device):
+    """Whether the device multiplies bf16 matrices in hardware: a GPU from Ampere on, a CPU with AVX512-BF16 or AMX."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return features.get("avx512_bf16", False) or features.get("amx_bf16", False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import read_adapter, read_tensors, write_json, write_tensors
+from model import check_shapes, read_adapter, read_tensors, reading, write_json, write_tensors
 
 
 class PromptEncoder(nn.Module):
@@ -58,20 +58,15 @@ def save_prompt(phi, dir, encoder=None, base=""):
 def load_prompt(dir, D=None):
     """-> phi (p,D) from what `save_prompt` or PEFT (P-tuning or prompt tuning) wrote. ValueError or OSError otherwise."""
     raw, tensors = read_adapter(dir, ("P_TUNING", "PROMPT_TUNING"), "a soft prompt as PEFT writes it")
-    shape, load = tensors.get("prompt_embeddings", (None, None))
-    if shape is None or len(shape) != 2 or shape[0] != raw.get("num_virtual_tokens") or D not in (None, shape[1]):
-        raise ValueError(f"{dir}: prompt_embeddings has shape {shape}; "
-                         f"expected ({raw.get('num_virtual_tokens')}, {D or raw.get('token_dim')})")
-    return load().float()
+    check_shapes(dir, tensors, {"prompt_embeddings": (raw.get("num_virtual_tokens"), D or raw.get("token_dim"))})
+    return tensors["prompt_embeddings"][1]().float()
 
 
 def load_encoder(dir):
     """-> the PromptEncoder that `save_prompt` put beside phi, so that training can go on."""
-    tensors = {n: load() for n, (_, load) in read_tensors(Path(dir) / "encoder.safetensors").items()}
-    try:
-        p, D = tensors["embedding.weight"].shape
-        encoder = PromptEncoder(p, D, tensors["mlp_head.0.weight"].shape[0])
+    path = Path(dir) / "encoder.safetensors"
+    tensors = {name: load() for name, (_, load) in read_tensors(path).items()}
+    with reading(path, "the weights of a prompt encoder; train it anew"):
+        encoder = PromptEncoder(*tensors["embedding.weight"].shape, len(tensors["mlp_head.0.weight"]))
         encoder.load_state_dict(tensors)
-    except (KeyError, RuntimeError, ValueError):
-        raise ValueError(f"{dir}/encoder.safetensors: not the weights of a prompt encoder; train it anew") from None
     return encoder

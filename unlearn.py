@@ -31,7 +31,8 @@ import data
 import evaluate
 from baselines import cross_entropy, kl_divergence
 from lora import add_lora, load_adapter, merge_lora, save_adapter
-from model import Config, build, check_device, fast_bf16, read_json, save_model, sweep, tie, whole, write_json
+from model import (Config, build, check_device, fast_bf16, read_json, reading, save_model, sweep, tie, whole,
+                   write_json)
 from soft_prompt import PromptEncoder, prompt_kv, save_prompt
 
 
@@ -143,7 +144,7 @@ def restore(state, fingerprint, params, optimizer):
     """Puts back what `keep` wrote, if it is there and was made by the same settings. -> epochs done, seconds, tokens"""
     if not state or not Path(state).is_file():
         return 0, 0.0, 0
-    try:
+    with reading(state, "this run's training state; delete it to start this stage anew"):
         saved = torch.load(state, weights_only=True, map_location=params[0].device)
         if saved["fingerprint"] != fingerprint:
             print(f"{state} was made with other settings; this stage starts anew")
@@ -153,9 +154,6 @@ def restore(state, fingerprint, params, optimizer):
         optimizer.load_state_dict(saved["optimizer"])
         print(f"going on after epoch {saved['epoch']}, from {state}")
         return int(saved["epoch"]), float(saved["seconds"]), int(saved["tokens"])
-    except Exception as e:
-        raise ValueError(f"{state}: torn or foreign ({type(e).__name__}); expected this run's training state: delete it "
-                         "to start this stage anew") from None
 
 
 COLUMNS = ("stage", "epoch", "step", "loss", "L_f", "L_r", "L_kl", "lr", "ms")
