@@ -141,8 +141,8 @@ def group_by(rows, *keys):
 
 
 def differing(rows):
-    """-> the keys of SETTING in which these rows differ."""
-    return [key for key in SETTING if len({row.get(key) for row in rows}) > 1]
+    """-> the keys of SETTING in which these rows differ; None stands where a method has no such setting."""
+    return [key for key in SETTING if len({row.get(key) for row in rows} - {None}) > 1]
 
 
 def mean_std(values):
