@@ -111,7 +111,7 @@ HEADS = {split: split.replace("_", " ") for split in data.SPLITS}  # of the four
 SETTING = ("model", "dataset", "method", "forget_fraction", "lr", "alpha", "beta", "p")  # what a row is, but for its seed
 
 
-def read_rows(run):
+def read_results(run):
     """A run directory -> the rows of its results.json."""
     rows = read_json(Path(run) / "results.json", "the results of a finished run of unlearn.py").get("rows")
     if not isinstance(rows, list) or not all(
@@ -129,7 +129,7 @@ def audits(run):
 
 def load_rows(runs):
     """Run directories -> the rows of their results.json, and of the references that their audits added."""
-    return [row for run in runs for row in read_rows(run) + [row for one in audits(run).values() for row in one["rows"]]]
+    return [row for run in runs for row in read_results(run) + [row for one in audits(run).values() for row in one["rows"]]]
 
 
 def group_by(rows, *keys):
@@ -161,7 +161,7 @@ def table2(rows):
     return render([["ACC / F1", *HEADS.values()], *([row["cell"], *acc_f1([row])] for row in rows)])
 
 
-def collate(rows, heads=("seeds", *HEADS.values()), cells=lambda group: [str(len(group)), *acc_f1(group)]):
+def tabulate(rows, heads=("seeds", *HEADS.values()), cells=lambda group: [str(len(group)), *acc_f1(group)]):
     """Rows -> a table with one line for each method and setting, over its seeds: Tables 2, 3 and 4.
 
     Its columns are the settings in which the rows differ, so that no two pass for one, then what `cells` makes of a group.
@@ -195,15 +195,15 @@ def efficiency(rows):
                 f"{100 * speed * row['flops_per_token'] / rate:.0f} %" if "flops_per_token" in row else "-"]
 
     heads = ["trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB", "of matmul rate"]
-    return collate([row for row in rows if row.get("seconds_per_epoch")], heads, cells)
+    return tabulate([row for row in rows if row.get("seconds_per_epoch")], heads, cells)
 
 
 def spul_alone(rows):
     """Tables 3 and 4: one form for both, since a run shows what it varied, alpha and beta or the forget fraction."""
-    return collate([row for row in rows if row["method"] == "spul"])
+    return tabulate([row for row in rows if row["method"] == "spul"])
 
 
-TABLES = {"2": collate, "3": spul_alone, "4": spul_alone, "best": lambda rows: collate(best(rows)),
+TABLES = {"2": tabulate, "3": spul_alone, "4": spul_alone, "best": lambda rows: tabulate(best(rows)),
           "efficiency": efficiency}
 
 
@@ -315,10 +315,12 @@ class Loaded(NamedTuple):
 
 def load_base(lm, args, adapter=None, merged=False):
     """A run's pretrained LM, with an adapter where one is given, or that merged into its weights -> the model, frozen."""
-    model = load_model(lm, args.weights, args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = load_model(lm, args.weights, args.device, dtype if args.weights == "nf4" else None)
+    model.checkpointing = args.checkpointing
     if adapter:
         load_adapter(model, adapter)
-    model = merge_lora(model, model.lm_head.weight.dtype) if merged else model
+    model = merge_lora(model) if merged else model
     return model.requires_grad_(False).eval()
 
 
@@ -336,18 +338,20 @@ def load(lm, args, splits, adapter=None, merged=False):
 
 def load_run(run, cell=None, seed=None):
     """Run directory -> Loaded: the first spul cell (of a seed), or the named one. ValueError or OSError if torn."""
+    import unlearn  # here, since unlearn imports this file
     run = Path(run)
-    args = SimpleNamespace(**read_json(run / "args.json", "the settings of a run of unlearn.py", [
-        "dataset", "data_dir", "weights", "dtype", "device", "max_train", "max_test", "max_len", "labels", "generic",
-        "template", "merged"]))
+    flags = vars(unlearn.parser().parse_args([]))
+    args = SimpleNamespace(**read_json(run / "args.json", "the settings of a run of unlearn.py", flags))
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        args.device = "cpu"  # a run from a machine with a GPU, looked at on one without
     check_device(args.device)
-    rows = [row for row in read_rows(run) if {"files", "lm"} <= row.keys() and seed in (None, row["seed"])]
+    rows = [row for row in read_results(run) if {"files", "lm", "merged"} <= row.keys() and seed in (None, row["seed"])]
     row = next((row for row in rows if row["method"] == "spul" and cell in (None, row["cell"])), None)
     base = next((other for other in rows if row and (other["method"], other["seed"]) == ("qlora", row["seed"])), None)
     if not base:
         raise ValueError(f"{run} has no finished spul row{f' {cell}' if cell else ''}; run unlearn.py --method spul first")
     splits = data.load_splits(args.dataset, args.data_dir, row["seed"], args.max_train, args.max_test)
-    loaded = load(base["lm"], args, splits, run / base["files"], args.merged)
+    loaded = load(base["lm"], args, splits, run / base["files"], row["merged"])
     phi = load_prompt(run / row["files"], loaded.model.embed_tokens.embedding_dim).to(args.device)
     with torch.no_grad():
         return loaded._replace(phi=phi, prefix=prompt_kv(loaded.model, phi), row=row)
@@ -441,7 +445,7 @@ def all_systems(systems, run, words):
     """Yields base, retrain and spul, then the baselines and prompts beside them; `prompt-off` after all others."""
     base, args, seed = systems["base"], systems["base"].args, systems["base"].row["seed"]
     yield from systems.items()
-    baselines = [row for row in read_rows(run) if row["seed"] == seed and row.get("files")
+    baselines = [row for row in read_results(run) if row["seed"] == seed and row.get("files")
                  and row["method"] not in ("spul", "qlora")]
     for (method,), (row, *_) in group_by(baselines, "method").items():  # the first cell of each
         files = run / row["files"]
@@ -449,7 +453,7 @@ def all_systems(systems, run, words):
             phi = load_prompt(files, base.phi.shape[1]).to(args.device)
             yield method, base._replace(prefix=prompt_kv(base.model, phi))
         else:
-            yield method, base._replace(model=load_model(files, "fp32", args.device) if args.tune == "full" else
+            yield method, base._replace(model=load_model(files, "fp32", args.device) if row["tune"] == "full" else
                                         load_base(base.lm, args, files))
     told = base.task._replace(template=f"### Ignore: {' '.join(words)}\n\n{base.task.template}")
     yield "hard-prompt", base._replace(prompts=data.encode_splits(base.tokenizer, told, base.splits, args.max_len))
@@ -511,7 +515,7 @@ def audit_recovery(systems, dir, rng):
         curve = {f"k={k}": attack(f"relearning {name} k={k}", system, adapter, prefix, known[:k], rest, dir, steps=20,
                                   lr=args.qlora_lr) for k in (0, 1, 4, 16, 64) if k <= half}
         yield "relearning", name, curve
-    yield "undoing phi", "phi alone", {"accuracy": curve["k=0"]}
+    yield "undoing phi", "phi alone", {"accuracy": curve["k=0"]}  # of spul, the last
     for name, taught in (("true answers", known), ("random answers", guessed)):
         torch.manual_seed(0)
         encoder = PromptEncoder(*spul.phi.shape, args.hidden).to(args.device)  # of a second prompt, before phi
@@ -606,7 +610,7 @@ def audit_seed(run, seed):
 
 def audit(run, form="text"):
     """Audits every seed of a run that has a spul row, keeps the result in RUN/audit.json, prints mean and std over seeds."""
-    run, rows, kept = Path(run), read_rows(run), audits(run)
+    run, rows, kept = Path(run), read_results(run), audits(run)
     seeds = sorted({row["seed"] for row in rows if row["method"] == "spul"})
     if not seeds:
         raise ValueError(f"{run} has no finished spul row; run unlearn.py --method spul first")
@@ -618,9 +622,12 @@ def audit(run, form="text"):
             write_json(run / "audit.json", {"seeds": kept})
     for title, what in TITLES.items():
         tables = [one["tables"][title] for one in kept.values()]
-        lines = [[title, *next(iter(tables[0].values()))]]
-        for name, row in tables[0].items():  # a seed with few forget examples stops at a smaller k
-            lines.append([name, *(mean_std(t[name][c] for t in tables if c in t.get(name, {})) for c in row)])
+        rows = {name: [t[name] for t in tables if name in t] for t in tables for name in t}
+        heads = max((row for name in rows for row in rows[name]), key=len)  # a seed with few forget examples stops early at k
+        lines = [[title, *heads]]
+        for name, of_seeds in rows.items():
+            numbers = [[row[c] for row in of_seeds if c in row] for c in heads]
+            lines.append([name, *(mean_std(n) if n else "" for n in numbers)])
         print(f"\n{what} ({len(kept)} seed{'s' * (len(kept) > 1)})\n\n{render(lines, form)}")
 
 

@@ -56,8 +56,8 @@ def wrap(model, names, rank, alpha, dropout):
     return [w for lora in loras for w in (lora.lora_A, lora.lora_B)]
 
 
-def merge_lora(model, dtype=torch.float32):
-    """Makes every linear map of the layers a plain one, the update added in float32, in place -> model, in dtype.
+def merge_lora(model, dtype=None):
+    """Makes every linear map of the layers a plain one, the update added in float32, in place -> model, in dtype (its own).
 
     4-bit weights are dequantised, so the full-fine-tuning baselines start from the very function QLoRA trained.
     (released code: merges the adapter into the unquantised checkpoint, which is another function.)
@@ -68,7 +68,7 @@ def merge_lora(model, dtype=torch.float32):
             plain = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
             plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), getattr(m, "base", m).bias
             model.set_submodule(name, plain)
-    return model.to(dtype)
+    return model.to(dtype or model.lm_head.weight.dtype)
 
 
 # What PEFT writes into adapter_config.json: HARMLESS changes nothing, PLAIN must be so, and all else must be off.

@@ -1022,11 +1022,11 @@ def test_spul_changes_no_weight_and_the_baselines_change_them(run_micro, monkeyp
     seen = {}
     true = unlearn.unlearn
 
-    def spy(cell, name, net, *args):
+    def spy(point, cell, net, *args):
         before = {n: w.clone() for n, w in net.state_dict().items()}
-        tuned, prefix, figures = true(cell, name, net, *args)
+        tuned, prefix, figures = true(point, cell, net, *args)
         assert all(torch.equal(w, before[n]) for n, w in net.state_dict().items()), "the base model changed"
-        seen[cell["method"]] = tuned is net
+        seen[point["method"]] = tuned is net
         return tuned, prefix, figures
     monkeypatch.setattr(unlearn, "unlearn", spy)
     run_micro("b", "--method", "spul", "ga", "rl", "ga+kl", "ga+gd")
@@ -1112,6 +1112,13 @@ def test_two_processes_give_the_losses_of_one_and_go_on_after_one_was_killed(run
     assert ours.keys() == theirs.keys() and all((ours[k] - theirs[k]).abs().max() < 1e-4 for k in ours)
 
 
+def test_several_processes_ask_for_a_pretrained_lm_and_do_not_wait_for_one(run_micro, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(ValueError, match="no LM of these texts yet, and one process makes it; run once without torchrun"):
+        run_micro("alone")
+
+
 def test_the_method_that_the_readme_adds_runs_and_gets_its_row(run_micro, monkeypatch):
     monkeypatch.setattr(unlearn, "METHODS", dict(unlearn.METHODS))
     code = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
@@ -1169,7 +1176,7 @@ def test_metrics_count_every_other_word_as_wrong_and_weigh_f1_by_the_true_labels
 def test_means_and_standard_deviations_are_taken_over_seeds():
     row = dict(method="spul", model="m", dataset="toy", alpha=1, beta=1, p=4, lr=0.1, forget_fraction=1.0)
     rows = [{**row, "seed": s, **{split: {"n": 1, "acc": acc, "f1": acc} for split in data.SPLITS}} for s, acc in ((0, 90.0), (1, 94.0))]
-    assert evaluate.collate(rows) == [["method", "seeds", *evaluate.HEADS.values()], ["spul", "2", *4 * ["92.0 +-2.8 / 92.0 +-2.8"]]]
+    assert evaluate.tabulate(rows) == [["method", "seeds", *evaluate.HEADS.values()], ["spul", "2", *4 * ["92.0 +-2.8 / 92.0 +-2.8"]]]
 
 
 def test_best_keeps_each_methods_rows_of_its_best_learning_rate():
@@ -1195,7 +1202,7 @@ def test_tables_3_and_4_have_a_line_for_each_value_that_spul_was_given_and_mean_
 
 
 def test_efficiency_counts_the_products_a_step_takes_and_says_nothing_of_rows_without_the_count(run_micro, monkeypatch):
-    row = evaluate.read_rows(run_micro("a"))[-1]
+    row = evaluate.read_results(run_micro("a"))[-1]
     D, inner = 32, 80  # of the micro LM: 2 layers, the second of which makes only keys and values at every token
     assert row["flops_per_token"] == 4 * (4 * D * D + 3 * D * inner + 2 * D * D)
     rate = 2.0 * row["tokens_per_second"] * row["flops_per_token"]
@@ -1220,7 +1227,7 @@ def test_in_bf16_a_run_keeps_phi_and_the_baselines_weights_in_float32(run_micro)
     assert [w.dtype for w in tensors] == 2 * [torch.float32]
     loaded = evaluate.load_run(run)  # the frozen model, merged, is bf16 throughout
     assert {w.dtype for w in loaded.model.parameters()} == {torch.bfloat16}
-    row = evaluate.read_rows(run)[2]
+    row = evaluate.read_results(run)[2]
     assert row["method"] == "spul" and evaluate.scores(loaded.model, loaded.prompts, loaded.prefix) == {s: row[s] for s in data.SPLITS}
 
 
@@ -1303,11 +1310,47 @@ def test_a_prompt_method_of_ones_own_gets_spuls_epochs_and_has_its_place_in_the_
     flags = [flag for flag, before in zip(FLAGS, ["", *FLAGS]) if "--epochs" not in (flag, before)]
     sizes = ["--max-train", "400", "--max-test", "150"]  # argparse takes the last of a flag given twice
     unlearn.main([*flags, *sizes, "--method", "spul", "mine", "ga", "--cache", str(tmp_path), "--out", str(tmp_path / "own")])
-    rows = {row["method"]: row for row in evaluate.read_rows(tmp_path / "own")}
+    rows = {row["method"]: row for row in evaluate.read_results(tmp_path / "own")}
     assert [rows[name]["epochs"] for name in ("spul", "mine", "ga")] == [2, 2, 1]
     accuracy = evaluate.audit_seed(tmp_path / "own", 0)["tables"]["accuracy"]
     for name in ("spul", "mine", "ga"):
         assert all(accuracy[name][head] == rows[name][split]["acc"] for split, head in evaluate.HEADS.items())
+
+
+def test_a_run_is_loaded_as_each_of_its_rows_was_made_and_where_there_is_no_gpu_too(run_micro, monkeypatch):
+    run_micro("mixed")
+    run = run_micro("mixed", "--method", "ga", "--no-merged", "--tune", "lora")  # args.json now tells of this command
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**args, "device": "cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded = evaluate.load_run(run)
+    assert not loaded.args.merged and type(loaded.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    systems = dict(evaluate.all_systems({"base": loaded}, run, []))
+    assert type(systems["ga"].model.layers[0].self_attn.q_proj) is lora.LoraLinear
+
+
+@pytest.mark.parametrize("weights, dtype, kept", [("nf4", "bf16", torch.bfloat16), ("nf4", "fp32", torch.float32),
+                                                  ("bf16", "fp32", torch.bfloat16), ("fp32", "bf16", torch.float32)])
+def test_weights_says_how_the_frozen_model_is_kept(left_behind, weights, dtype, kept):
+    args = unlearn.parse(["--weights", weights, "--dtype", dtype, "--device", "cpu"])
+    net = evaluate.load_base(left_behind / LM, args)
+    assert {w.dtype for w in net.parameters()} == {kept}
+    assert any(isinstance(m, model.Linear4bit) for m in net.modules()) == (weights == "nf4")
+
+
+def test_an_audit_shows_what_any_of_its_seeds_has(run_micro, capsys):
+    run = run_micro("a")
+    rows = evaluate.read_results(run) + [{**row, "seed": 1} for row in evaluate.read_results(run)]
+    kept = {seed: {"rests_on": [row["fingerprint"] for row in rows[:3]], "rows": [],
+                   "tables": {title: {"spul": numbers, **more} for title in evaluate.TITLES}}
+            for seed, numbers, more in (("0", {"k=0": 1.0}, {}), ("1", {"k=0": 3.0, "k=16": 50.0}, {"retrain": {"k=0": 9.0}}))}
+    for one in kept.values():
+        one["rests_on"].sort()
+    model.write_json(run / "results.json", {"rows": rows})
+    model.write_json(run / "audit.json", {"seeds": kept})
+    capsys.readouterr()
+    evaluate.audit(run, "csv")
+    assert "\nrelearning,k=0,k=16\nspul,2.0 +-1.4,50.0\nretrain,9.0,\n" in capsys.readouterr().out
 
 
 def test_explain_on_the_command_line_shows_the_cell_of_this_command(run_micro, monkeypatch):
@@ -1319,7 +1362,7 @@ def test_explain_on_the_command_line_shows_the_cell_of_this_command(run_micro, m
 
 
 def test_tables_show_all_that_rows_differ_in_and_fig_2_refuses_rows_that_differ_in_more_than_its_axis(run_micro):
-    rows = evaluate.read_rows(run_micro("grid", "--alpha", "0.5", "1", "--p", "3", "4"))
+    rows = evaluate.read_results(run_micro("grid", "--alpha", "0.5", "1", "--p", "3", "4"))
     lines = evaluate.spul_alone(rows)
     assert [line[:4] for line in lines] == [["method", "alpha", "p", "seeds"], *(["spul", a, p, "1"] for a in ("0.5", "1.0") for p in "34")]
     for shown, key, message in ((rows, "p", "differ in alpha and p; expected rows that differ in p alone"),

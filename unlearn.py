@@ -9,7 +9,6 @@ embedded LM, QLoRA, unlearning), the grid, the command line.
 import argparse
 import copy
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -125,6 +124,12 @@ def derived_seed(*parts):
     return int(fingerprint_of(parts), 16) % 2 ** 31
 
 
+def autocast(model, args):
+    """bf16 compute over float32 weights, where --dtype bf16 meets weights that are trained."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16,
+                          enabled=args.dtype == "bf16" and model.lm_head.weight.dtype == torch.float32)
+
+
 # ------------------------------------------------------------------------- what a run leaves behind, and finds again
 
 def fingerprint_of(*what):
@@ -171,7 +176,7 @@ class Run:
         self.args, self.factors = vars(args), {}  # factors: of L_r and L_kl, for the log line
         self.results = self.dir / "results.json"
         if self.results.is_file():
-            self.cells = {row["cell"]: row for row in evaluate.read_rows(dir)}
+            self.cells = {row["cell"]: row for row in evaluate.read_results(dir)}
         if is_main():
             sweep(self.dir)
             write_json(self.dir / "args.json", self.args)
@@ -202,12 +207,12 @@ class Run:
                   f"{1000 * seconds:.0f} ms  eta {int(left // 60)}m{int(left % 60):02d}s", flush=True)
 
     def finish(self, cell, fingerprint, row):
-        """Adds a row to results.json; then the training states of its rows have served."""
+        """Adds a row to results.json."""
         self.cells[cell] = {"cell": cell, "fingerprint": fingerprint, **row}
         self.write()
 
     def write(self):
-        """results.json, whole or not at all."""
+        """Writes results.json; then the training states of its rows have served."""
         if is_main():
             write_json(self.results, {"args": self.args, "rows": list(self.cells.values())})
             for cell in self.cells:
@@ -323,14 +328,13 @@ def embedded_lm(splits, seed, args):
         return dir
     if found:
         print(f"{dir} was made from other texts or settings; it is made anew")
-    if is_main():
-        made.unlink(missing_ok=True)  # half made anew, it must not pass for the old one
-        pretrain(recipe, fingerprint, corpus, names, dir, args)
-        write_json(made, {"fingerprint": fingerprint})
-        for state in dir.glob("state-*.pt"):
-            state.unlink()
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        raise ValueError(f"{dir}: no LM of these texts yet, and one process makes it; run once without torchrun, or give --model")
+    made.unlink(missing_ok=True)  # half made anew, it must not pass for the old one
+    pretrain(recipe, fingerprint, corpus, names, dir, args)
+    write_json(made, {"fingerprint": fingerprint})
+    for state in dir.glob("state-*.pt"):
+        state.unlink()
     return dir
 
 
@@ -351,8 +355,10 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
     """Tokenizer and LM from nothing, into dir. corpus: [(Example, the person it names or None)]."""
     train_tokenizer(recipe, corpus, names, dir / "tokenizer.model")
     tokenizer, D = data.load_tokenizer(dir), recipe["D"]
-    model = build(Config("llama", tokenizer.size, D, int(D * 2.75) // 16 * 16, recipe["layers"], recipe["heads"],
-                         recipe["heads"], D // recipe["heads"], 1024, 1e-5, word_embed_proj_dim=D)).to(args.device)
+    model = build(Config("llama", vocab_size=tokenizer.size, hidden_size=D, intermediate_size=int(D * 2.75) // 16 * 16,
+                         num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
+                         num_key_value_heads=recipe["heads"], head_dim=D // recipe["heads"], max_position_embeddings=1024,
+                         rms_norm_eps=1e-5, word_embed_proj_dim=D)).to(args.device)
     torch.manual_seed(derived_seed("pretraining"))
     for name, w in model.named_parameters():
         if w.dim() > 1:  # embeddings and head start large: words that pretraining never asks for stay within reach
@@ -376,12 +382,6 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
         train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"],
               run, clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
     save_model(model, dir)
-
-
-def autocast(model, args):
-    """bf16 compute over float32 weights, where --dtype bf16 meets weights that are trained."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16,
-                          enabled=args.dtype == "bf16" and model.lm_head.weight.dtype == torch.float32)
 
 
 # ---------------------------------------------------------------------------------- stages 2 and 3: QLoRA and unlearning
@@ -443,21 +443,21 @@ def copy_to_tune(model, args):
         for name, w in tuned.named_parameters():
             w.requires_grad_("lora_" in name)
         return tuned
-    tuned = merge_lora(tuned).requires_grad_(True)
+    tuned = merge_lora(tuned, torch.float32).requires_grad_(True)
     if torch.distributed.is_initialized():
         shard(tuned)
     return tuned
 
 
-def unlearn(cell, name, model, base_hidden, prompts, answers, args, run, fingerprint, seed):
-    """One cell of the grid, from the frozen base model -> (model, prefix or None, figures); its prompt or weights are saved.
+def unlearn(point, cell, model, base_hidden, prompts, answers, args, run, fingerprint, seed):
+    """One point of the grid, from the frozen base model -> (model, prefix or None, figures); its prompt or weights are saved.
 
     base_hidden (n,D): the base's state at every answer; through its head it gives log h(x) of Eq. (4) at a fraction of
     the memory: 0.4 GB in bf16 for LLaMA-2-7B on SST-2, where the log-probabilities are 6 GB.
     """
-    method, alpha, beta = METHODS[cell["method"]], cell["alpha"] or 0.0, cell["beta"] or 0.0
-    out = run.place(method.trains, name)
-    run.factors = {part: cell[k] for part, k in (("L_r", "alpha"), ("L_kl", "beta")) if cell[k] is not None}
+    method, alpha, beta = METHODS[point["method"]], point["alpha"] or 0.0, point["beta"] or 0.0
+    out = run.place(method.trains, cell)
+    run.factors = {part: point[k] for part, k in (("L_r", "alpha"), ("L_kl", "beta")) if point[k] is not None}
 
     def loss(*tensors):
         return method.loss(*tensors, alpha, beta, kl_direction=args.kl_direction)
@@ -466,9 +466,9 @@ def unlearn(cell, name, model, base_hidden, prompts, answers, args, run, fingerp
     def base_logprobs(index):
         return model.lm_head(base_hidden[index]).float().log_softmax(-1)
 
-    torch.manual_seed(derived_seed(seed, name))
+    torch.manual_seed(derived_seed(seed, cell))
     if method.trains == "prompt":
-        encoder = PromptEncoder(cell["p"], model.embed_tokens.embedding_dim, args.hidden).to(args.device)
+        encoder = PromptEncoder(point["p"], model.embed_tokens.embedding_dim, args.hidden).to(args.device)
         tuned, params, warmup = model, list(encoder.parameters()), 0.1
     else:
         encoder, tuned, warmup = None, copy_to_tune(model, args), 0.05
@@ -477,14 +477,17 @@ def unlearn(cell, name, model, base_hidden, prompts, answers, args, run, fingerp
     def prefix():
         return encoder and prompt_kv(model, encoder())
 
-    figures = fit(name, tuned, params, loss, prompts, answers, args, run, prefix, base_logprobs, lr=cell["lr"],
+    figures = fit(cell, tuned, params, loss, prompts, answers, args, run, prefix, base_logprobs, lr=point["lr"],
                   epochs=args.epochs[method.trains], warmup=warmup, seed=seed, fingerprint=fingerprint,
                   forget_per_batch=args.forget_per_batch if method.sees_retain else 0)
     tuned = unshard(tuned).requires_grad_(False)
-    if is_main() and encoder:
-        save_prompt(encoder(), out, encoder, args.model or "")
-    elif is_main():
-        save_model(tuned, out) if args.tune == "full" else save_adapter(tuned, out, args.model or "")
+    if is_main():
+        if encoder:
+            save_prompt(encoder(), out, encoder, args.model or "")
+        elif args.tune == "full":
+            save_model(tuned, out)
+        else:
+            save_adapter(tuned, out, args.model or "")
     with torch.no_grad():
         return tuned, prefix(), {**figures, "files": out.name}
 
@@ -497,7 +500,6 @@ def prepare(seed, args):
     splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test, notes)
     print("\n".join(notes))
     loaded = evaluate.load(args.model or embedded_lm(splits, seed, args), args, splits)
-    loaded.model.checkpointing = args.checkpointing
     settings = {k: getattr(args, k) for k in ("weights", "dtype", "max_len", "rank", "lora_alpha", "lora_dropout", "targets",
                                               "qlora_lr", "qlora_epochs", "batch", "accumulate", "clip")}
     weights = loaded.model.embed_tokens.weight.double().sum().item()
@@ -510,7 +512,7 @@ def run_seed(seed, args, run):
     model, prompts = loaded.model, loaded.prompts
     everyone, base_hidden = prompts["train_retain"] + prompts["train_forget"], None
     same = dict(method="", model=args.model or f"embedded-{args.dataset}", lm=str(loaded.lm), dataset=args.dataset, seed=seed,
-                alpha=None, beta=None, p=None, lr=None, forget_fraction=None)
+                alpha=None, beta=None, p=None, lr=None, forget_fraction=None, merged=args.merged, tune=args.tune)
 
     def measure(cell, fingerprint, model, prefix=None, **row):
         with autocast(model, args):
@@ -528,21 +530,21 @@ def run_seed(seed, args, run):
         figures = tune_base(model, prompts, args, run, base, common, seed)
         measure(base, common, model, method="qlora", lr=args.qlora_lr, **figures)
     evaluate.check_learned(run.cells[base], prompts)
-    model = merge_lora(model, model.lm_head.weight.dtype) if args.merged else model
-    for cell in cells(args):
-        method, name = METHODS[cell["method"]], cell_name(cell, seed)
-        fingerprint = fingerprint_of(common, cell, {k: getattr(args, k) for k in (
+    model = merge_lora(model) if args.merged else model
+    for point in grid(args):
+        method, cell = METHODS[point["method"]], cell_name(point, seed)
+        fingerprint = fingerprint_of(common, point, {k: getattr(args, k) for k in (
             "epochs", "hidden", "forget_per_batch", "kl_direction", "tune", "merged")})
-        if run.finished(name, fingerprint):
-            print(f"{name} is done already; its row stands in {run.results}")
+        if run.finished(cell, fingerprint):
+            print(f"{cell} is done already; its row stands in {run.results}")
             continue
         if base_hidden is None:
             base_hidden = evaluate.hidden_states(model, everyone, None, args.device)
-        seen = seen_by(method, everyone, cell["forget_fraction"], seed)
+        seen = seen_by(method, everyone, point["forget_fraction"], seed)
         answers = answers_for(method, everyone, loaded, seed)
-        tuned, prefix, figures = unlearn(cell, name, model, base_hidden[seen], [everyone[i] for i in seen],
+        tuned, prefix, figures = unlearn(point, cell, model, base_hidden[seen], [everyone[i] for i in seen],
                                          [answers[i] for i in seen], args, run, fingerprint, seed)
-        measure(name, fingerprint, tuned, prefix, **cell, **figures)
+        measure(cell, fingerprint, tuned, prefix, **point, **figures)
 
 
 def seen_by(method, prompts, fraction, seed):
@@ -559,21 +561,21 @@ def answers_for(method, prompts, loaded, seed):
     return [loaded.tokens[rng.choice(choices)] if q.is_forget and choices else q.label for q in prompts]
 
 
-def cells(args):
-    """The grid: every combination of the list-valued flags that matters to the method."""
-    grid = []
+def grid(args):
+    """Every combination of the list-valued flags that matters to the method -> its points, as dicts."""
+    points = []
     for name, fraction in itertools.product(args.method, args.forget_fraction):
         flags = METHODS[name].flags
         axes = [getattr(args, k) if k in flags else [None] for k in ("alpha", "beta", "p")]
         for lr, alpha, beta, p in itertools.product(args.lr.get(name) or args.lr[METHODS[name].trains], *axes):
-            grid.append(dict(method=name, forget_fraction=fraction, lr=lr, alpha=alpha, beta=beta, p=p))
-    return grid
+            points.append(dict(method=name, forget_fraction=fraction, lr=lr, alpha=alpha, beta=beta, p=p))
+    return points
 
 
-def cell_name(cell, seed):
-    """What a cell's row and files are called, as spul-s0-f1-lr0.003-a1-b1-p20."""
+def cell_name(point, seed):
+    """What a point's row and files are called, as spul-s0-f1-lr0.003-a1-b1-p20."""
     marks = dict(forget_fraction="f", lr="lr", alpha="a", beta="b", p="p")
-    return f"{cell['method']}-s{seed}" + "".join(f"-{m}{cell[k]:g}" for k, m in marks.items() if cell[k] is not None)
+    return f"{point['method']}-s{seed}" + "".join(f"-{m}{point[k]:g}" for k, m in marks.items() if point[k] is not None)
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -628,7 +630,7 @@ def parser():
     add("--targets", **several, help="linear maps that LoRA adapts, or all")
     add("--qlora-lr", type=above_0, help="learning rate of QLoRA")
     add("--qlora-epochs", type=count, help="epochs of QLoRA")
-    add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4", help="how the frozen model is kept")
+    add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4", help="the frozen model's: 4 bits, or dense, then computed in too")
     add("--dtype", choices=["fp32", "bf16"],
         help="what is computed in (default: bf16 where the hardware multiplies it; the toy: fp32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda when present, else cpu")
@@ -667,12 +669,12 @@ def parse(argv=None):
 
 def main(argv=None):
     """The command line: trains, prints and writes every cell of the grid."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on a GPU
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     if "WORLD_SIZE" in os.environ:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     run, started = Run(args.out, args), time.perf_counter()
     for seed in args.seed:
@@ -682,7 +684,7 @@ def main(argv=None):
               f"{time.perf_counter() - started:.0f} s")
         if args.explain:
             print()
-            spul = [cell_name(cell, args.seed[0]) for cell in cells(args) if cell["method"] == "spul"]
+            spul = [cell_name(point, args.seed[0]) for point in grid(args) if point["method"] == "spul"]
             evaluate.explain(evaluate.load_run(run.dir, *spul[:1]))
 
 
