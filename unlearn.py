@@ -584,7 +584,7 @@ def cell_name(point, seed):
 # and lr of single methods, which comes first.
 PRESETS = {
     "toy": dict(p=[20], lr={"prompt": [5e-3], "weights": [3e-4], "rl": [1e-4]}, epochs={"prompt": 6, "weights": 1}, batch=32,
-                forget_per_batch=8, clip=1.0, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True,
+                forget_per_batch=8, clip=0.3, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True,
                 dtype="fp32"),
     "embedded": dict(p=[30], lr={"prompt": [3e-3], "weights": [1e-4]}, epochs={"prompt": 2, "weights": 1}, batch=32,
                      forget_per_batch=8, clip=1.0, targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=True),
