@@ -53,7 +53,7 @@ class LlamaTokenizer:
         if self.bos < 0:
             raise ValueError(f"{path}: no token <s> for the beginning of a text; expected LLaMA's tokenizer.model")
 
-    def encode(self, text):  # as bytes: sentencepiece ends with no error of ours at half a surrogate pair
+    def encode(self, text):  # as bytes: at half a surrogate pair sentencepiece would abort, while encode() raises
         if text[:1] in (" ", "\u2581"):  # sentencepiece would put its own space before; transformers 5 does not
             return [self.bos, *(self.pieces.encode(text[1:].encode()) or [self.pieces.piece_to_id("\u2581")])]
         return [self.bos, *self.pieces.encode(text.encode())]
@@ -87,7 +87,7 @@ class OPTTokenizer:
         self.ids = read_json(dir / "vocab.json", "OPT's byte-level BPE, whose merges are in merges.txt", tokens)
         for token, i in self.ids.items():
             if type(i) is not int or not 0 <= i < 2 ** 24:
-                raise ValueError(f"{dir}: vocab.json numbers the token {token!r} {i!r:.40}; expected a whole number from 0")
+                raise ValueError(f"{dir}: vocab.json numbers the token {token!r} {i!r:.40}; expected a whole number")
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.size, self.names = max(self.ids.values()) + 1, {i: t for t, i in self.ids.items()}
 
@@ -181,11 +181,12 @@ def label_tokens(tokenizer, task, text):
 
 
 def encode_prompt(tokenizer, task, text, max_len):
-    """-> ids of the prompt, at most max_len: a long text loses its end, never the question behind it."""
+    """-> ids of the prompt, at most max_len: a long text loses its end, never the question. ValueError if none fits."""
     # released code: cuts the whole string, so a long review can lose its question and its label
     ids = tokenizer.encode(prompt_string(task, text))
     while len(ids) > max_len:
-        text = text[:int(len(text) * max_len / len(ids)) - 1 if len(ids) < 2 * max_len else len(text) // 2].rstrip()
+        keep = int(len(text) * max_len / len(ids)) - 1 if len(ids) < 2 * max_len else len(text) // 2
+        text = text[:keep].rstrip()
         if not text:
             raise ValueError(f"--max-len {max_len} leaves no room for a text beside the template; raise it")
         ids = tokenizer.encode(prompt_string(task, text))
@@ -193,7 +194,7 @@ def encode_prompt(tokenizer, task, text, max_len):
 
 
 def encode_splits(tokenizer, task, splits, max_len):
-    """{split: [Example]} -> {split: [Prompt]}."""
+    """{split: [Example]} -> {split: [Prompt]}. ValueError for a label that is none of the task's."""
     tokens = label_tokens(tokenizer, task, next(e.text for s in SPLITS for e in splits[s]))
     odd = {e.label for s in SPLITS for e in splits[s]} - set(task.labels)
     if odd:

@@ -623,7 +623,7 @@ def audit(run, form="text"):
     for title, what in TITLES.items():
         tables = [one["tables"][title] for one in kept.values()]
         rows = {name: [t[name] for t in tables if name in t] for t in tables for name in t}
-        heads = max((row for name in rows for row in rows[name]), key=len)  # a seed with few forget examples stops early at k
+        heads = max((row for name in rows for row in rows[name]), key=len)  # with few forget examples a seed stops early
         lines = [[title, *heads]]
         for name, of_seeds in rows.items():
             numbers = [[row[c] for row in of_seeds if c in row] for c in heads]

@@ -4,6 +4,7 @@ Axes, once for all files:
     B examples of a batch     T tokens of a text      p tokens of the soft prompt
     D width of the model      V words                 r rank of LoRA
     H attention heads         G key/value heads       d width of a head (H * d = D as a rule)
+    E width of OPT's word embeddings (D but for OPT-350m)      n, m counts of anything
 G equals H, except under grouped-query attention, where H / G query heads share a key/value head.
 
 Parameters bear Hugging Face's names, without the leading `model.` or `model.decoder.`.
@@ -175,7 +176,7 @@ class Attention(nn.Module):
         self.add_module(out, nn.Linear(c.num_attention_heads * self.d, c.hidden_size, bias))
 
     def forward(self, x, prefix, answer_pos, angles=None):
-        q, k, v = (y.unflatten(-1, (-1, self.d)).transpose(1, 2)  # (B,H,T,d), (B,G,T,d), (B,G,T,d)
+        q, k, v = (y.unflatten(-1, (-1, self.d)).transpose(1, 2)  # (B,H,T,d) or (B,H,1,d), (B,G,T,d) twice
                    for y in (self.q_proj(at(x, answer_pos)), self.k_proj(x), self.v_proj(x)))
         if angles is not None:
             q = rotate(q, *(angles if answer_pos is None else (a[answer_pos, None, None] for a in angles)))  # (B,1,1,d/2)
@@ -188,7 +189,7 @@ class Attention(nn.Module):
         if answer_pos is not None:
             mask = torch.arange(k.shape[2], device=x.device) <= p + answer_pos[:, None, None, None]  # (B,1,1,p+T)
         elif p:
-            mask = torch.ones(T, p + T, dtype=torch.bool, device=x.device).tril(p)
+            mask = torch.ones(T, p + T, dtype=torch.bool, device=x.device).tril(p)  # (T,p+T)
         if k.shape[1] < H:
             k, v = (a.repeat_interleave(H // a.shape[1], dim=1) for a in (k, v))  # (B,H,p+T,d)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose backward pass is 7 times slower
@@ -285,7 +286,7 @@ class OPT(nn.Module):
         tie(self)
 
     def hidden(self, tokens, answer_pos=None, prefix=None):
-        """As `Llama.hidden`; h has the width of the embeddings, 512 in OPT-350m where D is 1024."""
+        """As `Llama.hidden`; h is E wide, 512 in OPT-350m where D is 1024. ValueError where p + T exceed the positions."""
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         T, p = x.shape[1], prefix[0][0].shape[2] if prefix else 0
         if p + T > self.config.max_position_embeddings:
@@ -536,7 +537,7 @@ def file_name(model, name):
 
 
 def save_model(model, dir):
-    """Writes config.json and model.safetensors as transformers reads them; 4-bit weights are written out unpacked."""
+    """Writes config.json and model.safetensors as transformers reads them, 4-bit weights unpacked. ValueError with LoRA."""
     c, dtype = model.config, model.embed_tokens.weight.dtype
     state = {f"{name}.weight": m.dense(dtype) for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     state |= dict(model.named_parameters())

@@ -42,7 +42,7 @@ def spul_loss(logits, base_logprobs, y, is_forget, alpha, beta, kl_direction="pr
 
     logits         (B,V)  h(phi, x) at the answer, with gradient
     base_logprobs  (B,V)  log h(x), without the prompt
-    y              (B,)   forget: a random generic answer; retain: the true one
+    y              (B,)   tokens (int64); forget: a random generic answer; retain: the true one
     is_forget      (B,)   bool
     -> scalar loss, {"L_f", "L_r", "L_kl"}; each part is a mean over its examples of the batch, and 0 if there are none.
     """
@@ -87,7 +87,7 @@ def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, 
     params: tensors to train; batches(epoch) -> list of the epoch's batches; loss_of(batch) -> loss, parts, how many
     tokens it holds; state: a file that keeps the last finished epoch. All randomness of an epoch follows from (seed,
     stage, epoch), so a run that was cut off goes on from that file to the very same numbers.
-    -> {"epochs", "seconds_per_epoch", "tokens_per_second"}
+    -> {"epochs", "seconds_per_epoch", "tokens_per_second"}. ValueError at a loss or gradient that is not finite.
     """
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.001, fused=True)
     steps_per_epoch = -(-len(batches(0)) // accumulate)
@@ -329,7 +329,8 @@ def embedded_lm(splits, seed, args):
     if found:
         print(f"{dir} was made from other texts or settings; it is made anew")
     if torch.distributed.is_initialized():
-        raise ValueError(f"{dir}: no LM of these texts yet, and one process makes it; run once without torchrun, or give --model")
+        raise ValueError(f"{dir}: no LM of these texts yet, and one process makes it; run once without torchrun, or give "
+                         "--model")
     made.unlink(missing_ok=True)  # half made anew, it must not pass for the old one
     pretrain(recipe, fingerprint, corpus, names, dir, args)
     write_json(made, {"fingerprint": fingerprint})
@@ -376,8 +377,9 @@ def pretrain(recipe, fingerprint, corpus, names, dir, args):
     run = Run(dir, args)
     for number, stage in enumerate(recipe["stages"], 1):
         def batches(epoch):  # each step takes the next batch of the epoch's own stream
-            return [data.pretraining_batches(tokenizer, corpus, names, data.generator(f"{number}/{epoch}", "pretraining"),
-                                             recipe["batch"], stage["lists"], stage["text_weight"])] * min(100, stage["steps"])
+            stream = data.pretraining_batches(tokenizer, corpus, names, data.generator(f"{number}/{epoch}", "pretraining"),
+                                              recipe["batch"], stage["lists"], stage["text_weight"])
+            return [stream] * min(100, stage["steps"])
 
         train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"],
               run, clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
@@ -450,7 +452,7 @@ def copy_to_tune(model, args):
 
 
 def unlearn(point, cell, model, base_hidden, prompts, answers, args, run, fingerprint, seed):
-    """One point of the grid, from the frozen base model -> (model, prefix or None, figures); its prompt or weights are saved.
+    """One point of the grid, from the frozen base model -> (model, prefix or None, figures), its prompt or weights saved.
 
     base_hidden (n,D): the base's state at every answer; through its head it gives log h(x) of Eq. (4) at a fraction of
     the memory: 0.4 GB in bf16 for LLaMA-2-7B on SST-2, where the log-probabilities are 6 GB.
@@ -511,8 +513,8 @@ def run_seed(seed, args, run):
     loaded, common = prepare(seed, args)
     model, prompts = loaded.model, loaded.prompts
     everyone, base_hidden = prompts["train_retain"] + prompts["train_forget"], None
-    same = dict(method="", model=args.model or f"embedded-{args.dataset}", lm=str(loaded.lm), dataset=args.dataset, seed=seed,
-                alpha=None, beta=None, p=None, lr=None, forget_fraction=None, merged=args.merged, tune=args.tune)
+    same = dict(method="", model=args.model or f"embedded-{args.dataset}", lm=str(loaded.lm), dataset=args.dataset,
+                seed=seed, merged=args.merged, tune=args.tune, alpha=None, beta=None, p=None, lr=None, forget_fraction=None)
 
     def measure(cell, fingerprint, model, prefix=None, **row):
         with autocast(model, args):
@@ -630,7 +632,8 @@ def parser():
     add("--targets", **several, help="linear maps that LoRA adapts, or all")
     add("--qlora-lr", type=above_0, help="learning rate of QLoRA")
     add("--qlora-epochs", type=count, help="epochs of QLoRA")
-    add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4", help="the frozen model's: 4 bits, or dense, then computed in too")
+    add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4",
+        help="how the frozen model is kept: in 4 bits, or dense, and then computed in too")
     add("--dtype", choices=["fp32", "bf16"],
         help="what is computed in (default: bf16 where the hardware multiplies it; the toy: fp32)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda when present, else cpu")
