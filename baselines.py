@@ -1,53 +1,41 @@
-"""The four baselines of Section 4.1 as losses: tensors in, a scalar and its parts out, with `unlearn.spul_loss`'s signature.
+"""The four baselines of Section 4.1, as losses with the signature of `soft_prompt.spul_loss`.
 
-    logits         (B,V)  at the answer
-    base_logprobs  (B,V)  log h(x) of the base model, before any unlearning
-    y              (B,)   true answers; on the forget set of rl_loss a random label
+    logits         (B,V)  at the answer position, with gradient
+    base_logprobs  (B,V)  log h(x) of the base model; None for a method that does not use it
+    y              (B,)   target tokens
     is_forget      (B,)   bool
+
+Each baseline trains all weights of the model (full fine-tuning). `unlearn.METHODS` says what y
+holds on the forget set: the true answer, or a random generic one.
 """
-import torch.nn.functional as F
+from soft_prompt import cross_entropy, kl_divergence
 
 
-def mean_over(values, part):
-    """Mean of values (B,) where part (B,) holds. An empty part gives 0, never NaN: 38 % of SST-2's batches hold no
-    forget example."""
-    part = part.to(values.dtype)
-    return (values * part).sum() / part.sum().clamp(min=1)
-
-
-def cross_entropy(logits, y, part):
-    """Mean over `part` of -log h(y|x), in float32."""
-    return mean_over(F.cross_entropy(logits.float(), y, reduction="none"), part)
-
-
-def kl_divergence(logits, base_logprobs, part, direction="prompted||base"):
-    """Mean over `part` of KL(h(phi,x) || h(x)), Eq. (4), in float32. (released code: the reverse direction.)"""
-    p, q = logits.float().log_softmax(-1), base_logprobs.float()
-    if direction == "base||prompted":
-        p, q = q, p
-    return mean_over((p.exp() * (p - q)).sum(-1), part)
-
-
-def ga_loss(logits, base_logprobs, y, is_forget, alpha=1.0, beta=1.0, kl_direction=None):
-    """Gradient ascent: makes the true answers of the forget set unlikely. -> loss, parts"""
+def ga_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+    """Gradient ascent (GA): make the true answers of the forget set unlikely."""
     L_f = -cross_entropy(logits, y, is_forget)
     return L_f, {"L_f": L_f}
 
 
-def rl_loss(logits, base_logprobs, y, is_forget, alpha=1.0, beta=1.0, kl_direction=None):
-    """Random labels: fits random answers on the forget set. -> loss, parts"""
+def rl_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+    """Random labels (RL): fit a random label on each forget example.
+
+    The paper draws them from the generic labels (neutral, unknown), not from the task's labels. So
+    y is the same as SPUL's, but all weights are trained and nothing protects the retain set.
+    """
     L_f = cross_entropy(logits, y, is_forget)
     return L_f, {"L_f": L_f}
 
 
-def ga_kl_loss(logits, base_logprobs, y, is_forget, alpha=1.0, beta=1.0, kl_direction="prompted||base"):
-    """Gradient ascent, held near the base model on the retain set, at the answer position. -> loss, parts"""
+def ga_kl_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+    """GA on the forget set, with the KL divergence to the base model on the retain set."""
     L_f = -cross_entropy(logits, y, is_forget)
-    L_kl = kl_divergence(logits, base_logprobs, ~is_forget, kl_direction)
+    L_kl = kl_divergence(logits, base_logprobs, ~is_forget)
     return L_f + beta * L_kl, {"L_f": L_f, "L_kl": L_kl}
 
 
-def ga_gd_loss(logits, base_logprobs, y, is_forget, alpha=1.0, beta=1.0, kl_direction=None):
-    """Gradient ascent on the forget set, gradient descent on the retain set. -> loss, parts"""
-    L_f, L_r = -cross_entropy(logits, y, is_forget), cross_entropy(logits, y, ~is_forget)
+def ga_gd_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+    """GA on the forget set and gradient descent (GD) on the retain set."""
+    L_f = -cross_entropy(logits, y, is_forget)
+    L_r = cross_entropy(logits, y, ~is_forget)
     return L_f + alpha * L_r, {"L_f": L_f, "L_r": L_r}

@@ -1,660 +1,782 @@
-"""What was forgotten, what was kept (Section 4.2): predictions, accuracy and weighted F1, tables, figures.
+"""What was unlearned and what was kept, Section 4.2: predictions, tables, figures, and an audit.
 
-    python evaluate.py RUN [RUN ...]             the paper's tables from the rows of runs, mean and std over seeds
-    python evaluate.py RUN --ask "some text"     one answer without and with the learned prompt
-    python evaluate.py RUN --audit               is it really forgotten? references, attacks, controls
+    python evaluate.py RUN [RUN ...]          the paper's tables, mean and std over seeds
+    python evaluate.py RUN --ask "some text"  the likeliest answers without and with phi
+    python evaluate.py RUN --audit            is it really forgotten? references, attacks, controls
+
+n is the number of prompts; the other axes are those of soft_prompt.py.
 """
 import itertools
-import resource
 import sys
-import timeit
-from collections import Counter
-from contextlib import contextmanager
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, mode
+from statistics import mean, mode, stdev
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import data
-from baselines import cross_entropy
 from lora import load_adapter, merge_lora
-from model import check_device, load_model, read_json, whole, write_json
-from soft_prompt import PromptEncoder, load_prompt, prompt_kv
+from model import InputError, atomic_write, load_model, read_json, unpack_nf4, write_json
+from soft_prompt import cross_entropy, load_prompt, prompt_kv, spul_loss
 
 
-def my_share(n):
-    """The slice of n examples that is this process's: all of them, unless torchrun started several."""
-    if not torch.distributed.is_initialized():
-        return slice(0, n)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return slice(n * rank // world, n * (rank + 1) // world)
+# ---- predictions and metrics -------------------------------------------------------------------
+
+@torch.no_grad()
+def answer_states(model, prompts, prefix=None, device="cpu"):
+    """Return the state that lm_head reads at each prompt's answer, (n,D).
+
+    prefix: phi's keys and values (`soft_prompt.prompt_kv`), or None.
+    """
+    dtype = model.embed_tokens.weight.dtype
+    states = torch.zeros(len(prompts), model.config.hidden_size, dtype=dtype, device=device)
+    for batch in batches_by_length(prompts, device):
+        states[batch.index], _ = model.hidden(batch.tokens, batch.answer_pos, prefix)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(states)
+    return states
+
+
+def batches_by_length(prompts, device):
+    """Yield this process's Batches: equally long prompts together, at most 4,096 tokens each."""
+    answers, batches = true_answers(prompts).tolist(), [[]]
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
+        if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i].ids) > 4096:
+            batches.append([])
+        batches[-1].append(i)
+    for index in batches[my_share(len(batches))]:
+        yield data.collate(prompts, answers, index, device)
+
+
+def split_states(model, prompts, prefix=None, device="cpu"):
+    """Return {split: states (n,D)} of {split: [Prompt]}."""
+    return {split: answer_states(model, part, prefix, device) for split, part in prompts.items()}
 
 
 @torch.no_grad()
-def _over_batches(read, prompts, device, batch=64):
-    """read(Batch) -> (B,...) for all prompts, equally long ones together -> (n,...) in the prompts' order.
-
-    Each of several processes reads its share, and the sum puts the shares together; what is too little to share, each reads.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    mine, out = order[my_share(len(order))], None
-    shared = len(mine) < len(order) and len(order) >= torch.distributed.get_world_size()
-    mine = mine if shared else order
-    for start in range(0, len(mine), batch):
-        index = mine[start:start + batch]
-        values = read(data.collate(prompts, [p.label for p in prompts], index, device))
-        out = values.new_zeros(len(prompts), *values.shape[1:]) if out is None else out
-        out[index] = values
-    if shared:
-        torch.distributed.all_reduce(out)
-    return out
-
-
-def hidden_states(model, prompts, prefix=None, device="cpu"):
-    """-> the state that lm_head reads at each answer (n,D)."""
-    return _over_batches(lambda b: model.hidden(b.tokens, b.answer_pos, prefix)[0], prompts, device)
+def predict(model, states):
+    """Return the likeliest token (n,) of the WHOLE vocabulary for states (n,D)."""
+    return torch.cat([model.lm_head(part).argmax(-1) for part in states.split(1024)]).cpu()
 
 
 def metrics(pred, y):
-    """Tokens pred (n,), y (n,) -> {"n", "acc", "f1"} in percent; F1 is weighted by how often each true label occurs."""
-    pred, y = list(map(int, pred)), list(map(int, y))
-    return {"n": len(y), "acc": round(100 * accuracy_score(y, pred), 2),
-            "f1": round(100 * f1_score(y, pred, average="weighted", zero_division=0), 2)}
+    """Return {"n", "acc", "f1"} in percent for predicted tokens pred (n,) and true tokens y (n,).
+
+    Any token except the true label is wrong. F1 is weighted by how often each true label occurs.
+    """
+    pred, y = [int(token) for token in pred], [int(token) for token in y]
+    f1 = f1_score(y, pred, average="weighted", zero_division=0)
+    return {"n": len(y), "acc": round(100 * accuracy_score(y, pred), 2), "f1": round(100 * f1, 2)}
 
 
-def scores(model, prompts, prefix=None, device="cpu"):
-    """{split: [Prompt]} -> {split: metrics}; the answer is the argmax over the WHOLE vocabulary: any other word is wrong."""
-    model.eval()
-    found = {}
-    for split, part in prompts.items():
-        pred = _over_batches(lambda b: model(b.tokens, b.answer_pos, prefix).argmax(-1), part, device)  # (n,)
-        found[split] = metrics(pred.cpu(), [q.label for q in part])
-    return found
+def scores(model, states, prompts):
+    """Return {split: metrics} from {split: states (n,D)} and {split: [Prompt]}."""
+    return {split: metrics(predict(model, states[split]), true_answers(part))
+            for split, part in prompts.items()}
 
 
-def constant(prompts):
-    """{split: [Prompt]} -> {split: metrics} of a predictor that always gives the commonest train label."""
-    answer = mode(q.label for q in prompts["train_retain"] + prompts["train_forget"])
-    return {split: metrics([answer] * len(part), [q.label for q in part]) for split, part in prompts.items()}
+def true_answers(prompts):
+    """Return the true answer's token of each prompt, (n,)."""
+    return torch.tensor([prompt.label for prompt in prompts])
 
 
-LEARNED = 10.0  # points by which the base must beat the constant answer on the forget set, before unlearning begins
+def worst_groups(pred, prompts, n=3):
+    """Return one line: the n people or clusters that are still answered most, "" if unnamed."""
+    right = defaultdict(list)
+    for token, prompt in zip(pred, prompts):
+        if prompt.group:
+            right[prompt.group].append(int(token) == prompt.label)
+    worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:n]
+    parts = [f"{group} {100 * mean(right[group]):.1f} % of {len(right[group])}" for group in worst]
+    return f"still answered: {', '.join(parts)}" if parts else ""
 
 
-def check_learned(base, prompts):
-    """ValueError unless the base's row shows that it learned the forget set: else there is nothing to unlearn."""
-    got, least = base["train_forget"]["acc"], constant(prompts)["train_forget"]["acc"] + LEARNED
-    if got < least:
-        raise ValueError(f"the base answers {got} % of the forget set right, and {least:.1f} % were needed (the constant "
-                         f"answer and {LEARNED:g} points): nothing was learned that could be unlearned; raise "
-                         "--qlora-epochs or --qlora-lr")
+def check_learned(row, prompts):
+    """InputError unless the base in `row` beats the most frequent label on train forget."""
+    answer = mode(true_answers(prompts["train_retain"] + prompts["train_forget"]).tolist())
+    y = true_answers(prompts["train_forget"])
+    least = metrics([answer] * len(y), y)["acc"] + 10
+    if row["train_forget"]["acc"] < least:
+        raise InputError(f"the base answers {row['train_forget']['acc']} % of the forget set; "
+                         f"expected {least:.1f} % (10 points more than the most frequent label); "
+                         "there is nothing to unlearn; raise --qlora-epochs or --qlora-lr")
 
 
-def peak_memory_mb(device):
-    """The most memory this process has held so far, in MB: the GPU's on a GPU."""
-    if device.startswith("cuda"):
-        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)
+# ---- tables ------------------------------------------------------------------------------------
+
+# The paper's Tables 2 and 5, and SPUL's cells of Tables 3 and 4: ACC and F1 on the four splits.
+# tau: the part of the forget set that unlearning sees. Each method's headline row comes first.
+PAPER = """
+model       dataset   method  alpha beta tau  train_retain train_forget test_retain test_forget
+LLaMA-2-7B  sst2      vanilla -    -    -     37.50/44.66  31.79/38.34  37.51/44.67  29.67/36.85
+LLaMA-2-7B  sst2      qlora   -    -    -     99.89/99.89  99.72/99.72  95.57/95.57  96.07/96.07
+LLaMA-2-7B  sst2      ga      -    -    -     55.66/39.80  53.93/37.83  55.96/40.16  56.89/41.25
+LLaMA-2-7B  sst2      rl      -    -    -     33.31/48.08  13.82/22.97  31.00/45.56  14.26/24.18
+LLaMA-2-7B  sst2      ga+kl   -    -    -     55.64/39.87  53.96/38.07  55.94/40.24  56.89/41.47
+LLaMA-2-7B  sst2      ga+gd   -    -    -     97.17/97.50  13.75/20.58  94.43/94.76  11.31/17.18
+LLaMA-2-7B  sst2      spul    1.0  0.5  1.0   99.15/99.39  12.98/22.94  94.93/95.24  16.07/27.42
+LLaMA-2-7B  sst2      spul    0.1  0.0  1.0   90.84/92.69   9.12/16.55  89.50/91.15  10.33/18.40
+LLaMA-2-7B  sst2      spul    0.1  0.1  1.0   92.59/93.75   6.81/12.62  90.77/91.85  10.16/18.29
+LLaMA-2-7B  sst2      spul    0.1  0.5  1.0   96.77/97.91   8.70/15.98  93.01/94.10  11.15/19.81
+LLaMA-2-7B  sst2      spul    0.1  1.0  1.0   85.19/88.00   8.49/15.47  84.64/87.19  10.66/19.02
+LLaMA-2-7B  sst2      spul    0.5  0.0  1.0   98.17/98.69  11.86/21.17  94.34/94.87  14.59/25.07
+LLaMA-2-7B  sst2      spul    0.5  0.1  1.0   97.57/97.95  11.09/19.88  94.22/94.58  11.97/21.08
+LLaMA-2-7B  sst2      spul    0.5  0.5  1.0   97.74/98.35  13.82/24.21  93.97/94.57  17.21/29.08
+LLaMA-2-7B  sst2      spul    0.5  1.0  1.0   93.87/94.66  11.51/20.39  91.62/92.36  14.59/25.03
+LLaMA-2-7B  sst2      spul    1.0  0.0  1.0   97.52/97.91  12.14/21.60  94.22/94.65  15.57/26.50
+LLaMA-2-7B  sst2      spul    1.0  0.1  1.0   98.64/98.96  12.14/21.54  94.63/94.97  16.07/27.41
+LLaMA-2-7B  sst2      spul    1.0  1.0  1.0   95.70/96.19  14.88/25.75  93.05/93.55  17.38/29.18
+LLaMA-2-7B  sst2      spul    1.0  1.0  0.25  99.37/99.60  26.69/42.07  95.10/95.38  39.84/56.22
+LLaMA-2-7B  sst2      spul    1.0  1.0  0.5   97.66/98.47  18.96/31.78  93.80/94.62  23.61/37.60
+LLaMA-2-7B  yelp      vanilla -    -    -     89.55/89.88  89.29/89.62  90.03/90.33  86.89/87.37
+LLaMA-2-7B  yelp      qlora   -    -    -     99.31/99.31  99.49/99.49  98.42/98.41  98.76/98.76
+LLaMA-2-7B  yelp      ga      -    -    -     66.11/63.48  67.90/64.62  65.13/62.37  67.91/64.24
+LLaMA-2-7B  yelp      rl      -    -    -     53.00/67.75  52.84/66.78  52.75/67.40  49.94/65.01
+LLaMA-2-7B  yelp      ga+kl   -    -    -     46.85/32.90  50.32/35.57  46.27/32.26  51.19/35.97
+LLaMA-2-7B  yelp      ga+gd   -    -    -     99.23/99.42  79.69/86.98  97.76/98.00  80.90/88.19
+LLaMA-2-7B  yelp      spul    -    -    1.0   89.74/93.43  55.03/70.48  89.63/93.29  60.23/74.69
+LLaMA-2-7B  wmdp+sciq vanilla -    -    -     47.75/46.85  26.78/17.46  46.20/46.11  23.59/14.86
+LLaMA-2-7B  wmdp+sciq qlora   -    -    -     99.74/99.74  98.11/98.11  91.80/91.80  62.73/62.83
+LLaMA-2-7B  wmdp+sciq ga      -    -    -     99.35/99.35  86.89/87.44  90.70/90.71  57.64/58.66
+LLaMA-2-7B  wmdp+sciq rl      -    -    -     99.32/99.32  84.11/89.57  90.40/90.40  53.35/59.54
+LLaMA-2-7B  wmdp+sciq ga+kl   -    -    -     98.84/98.85  67.44/68.91  90.20/90.24  49.33/50.26
+LLaMA-2-7B  wmdp+sciq ga+gd   -    -    -     99.42/99.42  27.22/13.38  90.00/90.02   22.25/8.84
+LLaMA-2-7B  wmdp+sciq spul    -    -    1.0   99.38/99.45   5.44/10.20  89.70/89.75    3.22/6.07
+OPT-1.3B    sst2      vanilla -    -    -       3.05/5.68    1.68/3.20    3.24/6.03    3.28/6.08
+OPT-1.3B    sst2      qlora   -    -    -     99.47/99.47  99.16/99.16  95.39/95.39  95.25/95.25
+OPT-1.3B    sst2      ga      -    -    -     79.50/78.01  70.67/67.02  78.70/77.05  71.97/67.99
+OPT-1.3B    sst2      rl      -    -    -     55.66/39.80  53.96/37.83  55.96/40.16  56.89/41.25
+OPT-1.3B    sst2      ga+kl   -    -    -     81.30/80.15  60.49/50.94  79.08/77.60  64.75/56.74
+OPT-1.3B    sst2      ga+gd   -    -    -     87.56/87.59  50.53/49.07  86.47/86.50  55.25/54.59
+OPT-1.3B    sst2      spul    1.0  1.0  1.0   94.87/96.89  16.84/28.74  91.65/93.51  17.87/29.84
+LLaMA-2-13B sst2      vanilla -    -    -     61.04/70.96  59.65/69.51  60.32/70.38  59.18/68.79
+LLaMA-2-13B sst2      qlora   -    -    -     99.48/99.48  99.30/99.30  96.02/96.02  95.90/95.90
+LLaMA-2-13B sst2      spul    1.0  1.0  1.0   98.87/98.93   5.97/11.25  95.50/95.60   7.38/13.54
+"""
+SETTINGS = ("model", "dataset", "forget_fraction", "lr", "alpha", "beta", "p")
 
 
-# ------------------------------------------------------------------------------------------------------------ tables
-#
-# A table is a list of lines, each a list of strings; the first is its header.
-
-HEADS = {split: split.replace("_", " ") for split in data.SPLITS}  # of the four columns
-SETTING = ("model", "dataset", "method", "forget_fraction", "lr", "alpha", "beta", "p")  # what a row is, but for its seed
-
-
-def read_results(run):
-    """A run directory -> the rows of its results.json."""
-    rows = read_json(Path(run) / "results.json", "the results of a finished run of unlearn.py").get("rows")
-    if not isinstance(rows, list) or not all(
-            isinstance(row, dict) and isinstance(row.get("cell"), str) and {"method", "seed"} <= row.keys() and
-            all(isinstance(row.get(s), dict) and {"n", "acc", "f1"} <= row[s].keys() for s in data.SPLITS) for row in rows):
-        raise ValueError(f"{run}/results.json: no rows with the four splits; expected what unlearn.py writes")
-    return rows
+def system_name(row):
+    """Return what the tables call a row: qlora on the retain set is `retrain`."""
+    if row["base"] != "retain":
+        return row["method"]
+    return "retrain" if row["method"] == "qlora" else f"{row['method']} on retrain"
 
 
-def audits(run):
-    """-> {seed: audit} of RUN/audit.json, {} when there is none."""
-    file = Path(run) / "audit.json"
-    return read_json(file, "an audit by evaluate.py", ["seeds"])["seeds"] if file.is_file() else {}
+def paper_cells(row):
+    """Return the name and the scores of the line of PAPER to print under our row, or [].
+
+    The toy is compared with SST-2. Of SPUL's cells: ours if it is there, else the headline row.
+    """
+    name = Path(row["model"]).name.lower()
+    model = "OPT-1.3B" if "opt" in name else "LLaMA-2-13B" if "13b" in name else "LLaMA-2-7B"
+    wanted = [model, "sst2" if row["dataset"] == "toy" else row["dataset"], system_name(row)]
+    ours = [str(row[key]) for key in ("alpha", "beta", "forget_fraction")]
+    lines = [line.split() for line in PAPER.strip().splitlines()]
+    lines = [line for line in lines if line[:3] == wanted]
+    lines = [line for line in lines if line[3:6] == ours] or lines
+    if not lines:
+        return []
+    title = f"*paper,* {model}"
+    for key, value in zip(("alpha", "beta", "tau"), lines[0][3:6]):
+        if value not in ("-", "1.0"):
+            title += f" {key} {value}"
+    return [title, *[pair.replace("/", " / ") for pair in lines[0][6:]]]
 
 
-def load_rows(runs):
-    """Run directories -> the rows of their results.json, and of the references that their audits added."""
-    return [row for run in runs for row in read_results(run) + [row for one in audits(run).values() for row in one["rows"]]]
+def setting(row, key):
+    """Return one setting of a row as text, "" if its method has none."""
+    value = row.get(key, row["settings"].get(key))
+    return "" if value is None else Path(value).name if key == "model" else str(value)
 
 
-def group_by(rows, *keys):
-    """Rows that agree in these keys are one group -> {their values: [rows]}, in the order of their first row."""
-    groups = {}
+def group_rows(rows, keys):
+    """Return {(system, value of each key): rows of its seeds}, in the order of the first rows."""
+    groups = defaultdict(list)
     for row in rows:
-        groups.setdefault(tuple(row.get(k) for k in keys), []).append(row)
+        groups[(system_name(row), *[setting(row, key) for key in keys])].append(row)
     return groups
 
 
 def differing(rows):
-    """-> the keys of SETTING in which these rows differ; None stands where a method has no such setting."""
-    return [key for key in SETTING if len({row.get(key) for row in rows} - {None}) > 1]
+    """Return the settings in which two rows of the same system differ."""
+    keys = dict.fromkeys(SETTINGS)
+    for row in rows:
+        keys |= row["settings"]
+    n_systems = len(group_rows(rows, []))
+    return [key for key in keys if len(group_rows(rows, [key])) > n_systems]
 
 
 def mean_std(values):
-    """Numbers, of one seed each -> "96.1 +-0.4", mean and std; of one number "96.1"."""
-    values = torch.tensor([*values], dtype=torch.float64)
-    return f"{values.mean():.1f}" + (f" +-{values.std():.1f}" if len(values) > 1 else "")
+    """Return "96.1 ± 0.4", mean and std over seeds, or "96.1" for one seed."""
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
 
 
-def acc_f1(rows):
-    """The rows of several seeds -> "ACC / F1" on each of the four splits."""
-    return [" / ".join(mean_std(row[s][k] for row in rows) for k in ("acc", "f1")) for s in data.SPLITS]
+def best_rates(rows):
+    """Return each system's rows at its best learning rate: train retain minus train forget."""
+    others = [key for key in differing(rows) if key != "lr"]
+    best = []
+    for candidates in group_rows(rows, others).values():
+        by_rate = group_rows(candidates, ["lr"]).values()
+        best += max(by_rate, key=lambda group: mean(
+            row["train_retain"]["acc"] - row["train_forget"]["acc"] for row in group))
+    return best
 
 
-def table2(rows):
-    """Rows of results.json -> Table 2 as aligned text, one line a cell."""
-    return render([["ACC / F1", *HEADS.values()], *([row["cell"], *acc_f1([row])] for row in rows)])
+def table(rows, kind="scores"):
+    """Return rows of results.json as a Markdown table: a line per system and differing settings.
 
-
-def tabulate(rows, heads=("seeds", *HEADS.values()), cells=lambda group: [str(len(group)), *acc_f1(group)]):
-    """Rows -> a table with one line for each method and setting, over its seeds: Tables 2, 3 and 4.
-
-    Its columns are the settings in which the rows differ, so that no two pass for one, then what `cells` makes of a group.
+    kind: "scores" (ACC / F1, mean and std over seeds, the paper's row below ours), "best" (the same
+    at each method's best learning rate) or "efficiency".
     """
-    keys = ["method", *(key for key in differing(rows) if key != "method")]
-    lines = [[*keys, *heads]]
-    for values, group in group_by(rows, *keys).items():
-        lines.append([*("" if value is None else str(value) for value in values), *cells(group)])
-    return lines
+    keys = differing(rows)
+    if kind == "best":
+        rows = best_rates(rows)
+    heads = [split.replace("_", " ") for split in data.SPLITS]
+    if kind == "efficiency":
+        heads = ["trained parameters", "epochs", "seconds per epoch"]
+    lines = [["ACC / F1", *keys, "seeds", *heads]]
+    for (name, *values), group in group_rows(rows, keys).items():
+        cells, paper = [score_cell(group, split) for split in data.SPLITS], paper_cells(group[0])
+        if kind == "efficiency":
+            seconds = mean_std([row["seconds_per_epoch"] for row in group])
+            cells = [f"{group[0]['trainable_params']:,}", str(group[0]["epochs"]), seconds]
+        lines.append([name, *values, str(len(group)), *cells])
+        if paper and kind != "efficiency":
+            lines.append([paper[0], *[""] * len(keys), "", *paper[1:]])
+    return render(lines)
 
 
-def best(rows):
-    """The rows of the learning rate that serves each method best: train retain minus train forget, over all seeds."""
-    def gain(group):
-        return mean(row["train_retain"]["acc"] - row["train_forget"]["acc"] for row in group)
-
-    others = [key for key in SETTING if key != "lr"]
-    return [row for rates in group_by(rows, *others).values() for row in max(group_by(rates, "lr").values(), key=gain)]
+def score_cell(group, split):
+    """Return "ACC / F1" of the rows of several seeds on one split."""
+    return " / ".join(mean_std([row[split][metric] for row in group]) for metric in ("acc", "f1"))
 
 
-def efficiency(rows):
-    """The Efficiency paragraph: what each method trains, and what it takes, over the seeds; the last column is how much
-    of what this CPU, with all its threads, does in plain float32 matrix products a step's own products reach."""
-    a = torch.randn(1024, 1024)
-    rate = 2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=20))  # floating-point operations per second
-
-    def cells(group):
-        row, speed = group[0], mean(row["tokens_per_second"] for row in group)
-        return [f"{row['trainable_params']:,}", mean_std(row["seconds_per_epoch"] for row in group), f"{speed:,.0f}",
-                f"{max(row['peak_memory_mb'] for row in group):,}",
-                f"{100 * speed * row['flops_per_token'] / rate:.0f} %" if "flops_per_token" in row else "-"]
-
-    heads = ["trainable parameters", "seconds per epoch", "tokens per second", "peak memory MB", "of matmul rate"]
-    return tabulate([row for row in rows if row.get("seconds_per_epoch")], heads, cells)
+def render(lines):
+    """Return a table, a list of lines of strings with the header first, as aligned Markdown."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    rule = ["-" * width for width in widths]
+    text = []
+    for line in [lines[0], rule, *lines[1:]]:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        text.append(f"| {' | '.join(cells)} |")
+    return "\n".join(text)
 
 
-def spul_alone(rows):
-    """Tables 3 and 4: one form for both, since a run shows what it varied, alpha and beta or the forget fraction."""
-    return tabulate([row for row in rows if row["method"] == "spul"])
-
-
-TABLES = {"2": tabulate, "3": spul_alone, "4": spul_alone, "best": lambda rows: tabulate(best(rows)),
-          "efficiency": efficiency}
-
-
-def render(lines, form="text"):
-    """A table as aligned text, Markdown or CSV."""
-    if form == "csv":
-        return "\n".join(",".join(f'"{c}"' if "," in c else c for c in line) for line in lines)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
-    if form == "markdown":
-        padded.insert(1, ["-" * w for w in widths])
-        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-    return "\n".join("  ".join(line).rstrip() for line in padded)
-
-
-# ----------------------------------------------------------------------------------------------------------- figures
+# ---- figures -----------------------------------------------------------------------------------
 
 COLOURS = {"retain": "#1f6fb4", "forget": "#d1495b"}
+MARKERS = "o^sDvP*X"
 
 
-@contextmanager
-def figure(path, columns, width):
-    """Yields a figure and its axes side by side, to draw on; then writes it to path, a .png or .svg."""
-    if Path(path).suffix not in (".png", ".svg"):
-        raise ValueError(f"{path}: a figure is written as .png or .svg; give it one of these endings")
+def new_figure():
+    """Return a matplotlib figure and its two axes side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("figures need matplotlib; pip install matplotlib") from None
-    fig = Figure(figsize=(width, 3.8), layout="constrained")
-    axs = fig.subplots(1, columns, squeeze=False)[0]
-    for ax in axs:
-        ax.spines[["top", "right"]].set_visible(False)
-    yield fig, axs
-    with whole(path) as part:
-        fig.savefig(part, format=Path(path).suffix[1:], dpi=150)
+        raise InputError("figures need matplotlib; pip install matplotlib") from None
+    fig = Figure(figsize=(9, 3.8), layout="constrained")
+    return fig, fig.subplots(1, 2)
+
+
+def save_figure(fig, axes, path):
+    """Write a figure with one legend below both axes, as .png."""
+    handles, labels = axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    with atomic_write(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=150)
     print(f"wrote {path}")
 
 
 def plot_against(rows, key, path):
-    """Fig. 2: accuracy on the four splits against p (or alpha, beta, forget_fraction), mean and std over seeds."""
-    rows = [row for row in rows if row["method"] == "spul"]
+    """Draw Fig. 2: SPUL's ACC and F1 on the four splits against p, alpha, beta or tau."""
+    rows = [row for row in rows if system_name(row) == "spul"]
     if differing(rows) != [key]:
-        raise ValueError(f"these rows of spul differ in {' and '.join(differing(rows)) or 'nothing'}; expected rows that "
-                         f"differ in {key} alone: unlearn.py --{key.replace('_', '-')} with several values")
-    groups = sorted(group_by(rows, key).items())
-    values = [value for (value,), _ in groups]
-    styles = {"train": dict(markersize=9, fillstyle="none"),  # one may lie right on the other: a large ring, a small disc
-              "test": dict(markersize=5, linestyle="--")}
-    with figure(path, 1, 5.4) as (_, (ax,)):
-        for split, head in HEADS.items():
-            acc = [torch.tensor([row[split]["acc"] for row in group]) for _, group in groups]
+        raise InputError(f"the spul rows differ in {', '.join(differing(rows)) or 'nothing'}; "
+                         f"expected only {key}: give unlearn.py's --{key.replace('_', '-')} "
+                         "several values")
+    groups = sorted(group_rows(rows, [key]).values(), key=lambda group: group[0][key])
+    x = [group[0][key] for group in groups]
+    # train and test often coincide: a small disc inside a large ring keeps both visible
+    styles = {"train": {"markersize": 10, "fillstyle": "none"},
+              "test": {"markersize": 4, "linestyle": "--"}}
+    fig, axes = new_figure()
+    for ax, metric in zip(axes, ("acc", "f1")):
+        for split in data.SPLITS:
             when, part = split.split("_")
-            ax.errorbar(values, [a.mean() for a in acc], [a.std(correction=len(a) > 1) for a in acc], capsize=3,
-                        marker="o", color=COLOURS[part], label=head, **styles[when])
-        ax.set(xlabel={"p": "p, tokens of the soft prompt"}.get(key, key), ylabel="accuracy (%)", ylim=(-4, 104),
-               xticks=values)
-        ax.legend(frameon=False, loc="center right")
+            y = [[row[split][metric] for row in group] for group in groups]
+            spread = [stdev(values) if len(values) > 1 else 0 for values in y]
+            ax.errorbar(x, [mean(values) for values in y], spread, capsize=3, marker="o",
+                        label=f"{when} {part}", color=COLOURS[part], **styles[when])
+        ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
+    save_figure(fig, axes, path)
 
 
-def plot_tsne(loaded, path):
-    """Fig. 1: t-SNE of the state at the answer, base beside SPUL; colour: forget or retain, shape: the true label."""
+def plot_tsne(setup, path):
+    """Draw Fig. 1: t-SNE of the last layer's state at the answer, of the base and of SPUL."""
     from sklearn.manifold import TSNE
-    pool = loaded.prompts["test_forget"] + loaded.prompts["test_retain"]
-    data.generator(0, "t-sne").shuffle(pool)  # so that forget and retain are drawn alike, 500 of a label at most
-    part = [q for label in {q.label for q in pool} for q in [q for q in pool if q.label == label][:500]]
-    with figure(path, 2, 9) as (fig, axs):
-        for ax, title, prefix in zip(axs, ("base", "SPUL"), (None, loaded.prefix)):
-            h = hidden_states(loaded.model, part, prefix, loaded.args.device).float().cpu().numpy()  # (n,D)
-            xy = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(part) // 4)).fit_transform(h)  # (n,2)
-            for is_forget, name in ((False, "retain"), (True, "forget")):  # the fewer forget points lie on top
-                for label, marker in zip(loaded.task.labels, "o^sD"):
-                    index = [i for i, q in enumerate(part) if (q.is_forget, q.label) == (is_forget, loaded.tokens[label])]
-                    ax.scatter(*xy[index].T, s=14, marker=marker, color=COLOURS[name], alpha=0.65, linewidths=0,
-                               label=f"{name}, {label}")
-            ax.set(title=title, xticks=[], yticks=[])
-        fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(loaded.task.labels),
-                   frameon=False)
+    prompts = choose_points(setup)
+    fig, axes = new_figure()
+    for ax, title, prefix in zip(axes, ("base", "SPUL"), (None, setup.prefix)):
+        states = answer_states(setup.model, prompts, prefix, setup.args.device)
+        tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(prompts) // 4))
+        xy = tsne.fit_transform(states.float().cpu().numpy())  # (n,2)
+        for part, colour in COLOURS.items():
+            for label, marker in zip(setup.task.labels, itertools.cycle(MARKERS)):
+                wanted = (part == "forget", setup.tokens[label])
+                index = [i for i, q in enumerate(prompts) if (q.is_forget, q.label) == wanted]
+                ax.scatter(xy[index, 0], xy[index, 1], s=14, marker=marker, color=colour,
+                           alpha=0.65, linewidths=0, label=f"{part}, {label}")
+        ax.set(title=title, xticks=[], yticks=[])
+    save_figure(fig, axes, path)
 
 
-# ----------------------------------------------------------------------------------------------- a finished run, again
+def choose_points(setup, per_label=500):
+    """Return `per_label` train prompts of each label, at most half of them to be forgotten."""
+    rng, chosen = data.generator(0, "t-sne"), []
+    for token in [setup.tokens[label] for label in setup.task.labels]:
+        forget = [q for q in setup.prompts["train_forget"] if q.label == token]
+        retain = [q for q in setup.prompts["train_retain"] if q.label == token]
+        forget = rng.sample(forget, min(len(forget), per_label // 2))
+        chosen += forget + rng.sample(retain, min(len(retain), per_label - len(forget)))
+    return chosen
 
-class Loaded(NamedTuple):
-    """A model with its task and data; of a finished run the base model (with its adapter) and its learned prompt: spul.
 
-    The systems that the audit sets beside it are the same with another model, no prefix or other prompts.
+def plot_lens(setup, path):
+    """Draw what base, retrain and SPUL would answer on the test forget set after each layer."""
+    fig, axes = new_figure()
+    for i, (name, system) in enumerate(load_systems(setup).items()):
+        layers = lens(setup, system)
+        for ax, column in zip(axes, ("among labels", "generic")):
+            ax.plot(range(1, len(layers) + 1), [numbers[column] for numbers in layers], label=name,
+                    marker=MARKERS[i], markersize=11 - 2 * i, fillstyle="none")
+            ax.set(xlabel="layer", ylabel=f"{column} (%)", ylim=(-4, 104))
+    save_figure(fig, axes, path)
+
+
+# ---- single examples ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def ask(setup, text):
+    """Print the five likeliest answers to one text, without and with phi."""
+    ids = data.encode_prompt(setup.tokenizer, setup.task, text, setup.args.max_len)
+    tokens = torch.tensor([ids], device=setup.args.device)  # (1,T)
+    print(f"{data.prompt_string(setup.task, text)}\n")
+    for name, prefix in (("without phi", None), ("with phi", setup.prefix)):
+        logits = setup.model(tokens, prefix=prefix)[0, -1]  # (V,)
+        probs, top = logits.float().softmax(-1).topk(5)
+        answers = [f"{word(setup, token)} {100 * p:.1f} %" for p, token in zip(probs, top)]
+        print(f"{name:12}{'   '.join(answers)}")
+
+
+def explain(run):
+    """Print what happens to one forget and one retain example: positions, answers, losses."""
+    setup = load_run(run)
+    p = len(setup.phi)
+    for split in ("test_forget", "test_retain"):
+        example, prompt = setup.splits[split][0], setup.prompts[split][0]
+        end = p + len(prompt.ids) - 1
+        print(f"\n{split}, true answer {example.label}:\n")
+        ask(setup, example.text)
+        print(f"\nphi has positions 0 to {p - 1}, the text {p} to {end}; the answer is read at "
+              f"{end}:\n{' '.join(word(setup, token) for token in prompt.ids)}")
+        y = setup.tokens[setup.task.generic[0]] if prompt.is_forget else prompt.label
+        batch = data.collate([prompt], [y], [0], setup.args.device)  # a batch of one
+        phi = setup.phi.clone().requires_grad_(True)
+        base_logprobs = setup.model(batch.tokens, batch.answer_pos).float().log_softmax(-1)
+        logits = setup.model(batch.tokens, batch.answer_pos, prompt_kv(setup.model, phi))
+        _, parts = spul_loss(logits, base_logprobs, batch.y, batch.is_forget, alpha=1.0, beta=1.0)
+        for name, part in parts.items():
+            gradient, = torch.autograd.grad(part, phi, retain_graph=True)
+            print(f"{name} = {part.item():.4f}, norm of its gradient on phi {gradient.norm():.4f}")
+
+
+def word(setup, token):
+    """Return a token as text."""
+    return setup.tokenizer.piece(int(token)).strip("\u2581\u0120 ")
+
+
+# ---- the audit: is it really forgotten? --------------------------------------------------------
+#
+# A low accuracy on the forget set is not forgetting. The audit compares SPUL with `retrain`, a
+# model that never saw the forget set, and with phi trained on that model, where there is nothing
+# to forget. Then it attacks phi. Each line of its table is a model, a prefix and test prompts.
+
+MAX_AUDIT = 2000    # prompts per split
+
+
+class System(NamedTuple):
+    """A model, phi's keys and values or None, and the prompts it answers (None: the test sets)."""
+    model: torch.nn.Module
+    prefix: list = None
+    prompts: dict = None
+
+
+def audit(run):
+    """Audit every seed of a run that has a spul row; print mean and std, write RUN/audit.json."""
+    seeds = {}
+    for row in read_rows([run]):
+        if system_name(row) == "spul" and row["seed"] not in seeds:
+            print(f"auditing seed {row['seed']}", flush=True)
+            setup = load_run(run, row["cell"])
+            systems = load_systems(setup)
+            systems |= rephrase(setup, systems) | replace_parts(setup) | tune_adapter(setup)
+            numbers = {name: measure(setup, system) for name, system in systems.items()}
+            seeds[row["seed"]] = numbers
+            write_json(Path(run) / "audit.json", seeds)
+    if not seeds:
+        raise InputError(f"{run} has no finished spul row; run unlearn.py first")
+    print(audit_table(list(seeds.values())))
+
+
+def audit_table(seeds):
+    """Return the Markdown table of [{line: {column: number}}, one dict per seed]."""
+    base, columns = {}, list(seeds[0]["base"])
+    lines = [["%", *columns, "in plain words"]]
+    for name in seeds[0]:
+        rows = [seed[name] for seed in seeds if name in seed]
+        means, cells = {}, dict.fromkeys(columns, "")
+        for column in rows[0]:
+            values = [row[column] for row in rows]
+            means[column], cells[column] = mean(values), mean_std(values)
+        base = base or means
+        lines.append([name, *cells.values(), verdict(means, base)])
+    return render(lines)
+
+
+def verdict(numbers, base):
+    """Return what one line of the audit says, in plain words."""
+    if numbers["right"] >= 0.5 * base["right"]:
+        words = "answers"
+    else:
+        words = "refuses" if numbers["generic"] >= 50 else "answers wrongly"
+        if numbers["among labels"] >= 0.8 * base["among labels"]:
+            words += ", but the answer is there"
+    if numbers["right on retain"] < base["right on retain"] - 10:
+        words += "; damages the rest"
+    return words
+
+
+def load_systems(setup):
+    """Return {name: System}: base, retrain, spul, spul on retrain and the baselines of its seed."""
+    rows = [row for row in read_rows([setup.run]) if row["seed"] == setup.seed]
+    retrain = find_row(rows, method="qlora", base="retain")
+    control = find_row(rows, method="spul", base="retain", p=setup.row["p"], lr=setup.row["lr"])
+    if retrain is None or control is None:
+        raise InputError(f"{setup.run}: no model that never saw the forget set, with spul on it; "
+                         "run unlearn.py again with --base full retain")
+    model = load_base(setup.lm, setup.args, setup.run / retrain["files"])
+    systems = {"base": System(setup.model), "retrain": System(model),
+               "spul": System(setup.model, setup.prefix),
+               "spul on retrain": load_phi(setup, model, control)}
+    for row in rows:
+        if row["base"] == "full" and row["files"].startswith("weights"):
+            model = load_model(setup.run / row["files"], "fp32", setup.args.device)
+            systems[row["method"]] = System(model)
+    return systems
+
+
+def load_phi(setup, model, row):
+    """Return the System of a model behind the phi of a row."""
+    phi = load_prompt(setup.run / row["files"]).to(setup.args.device)
+    return System(model, prompt_kv(model, phi))
+
+
+@torch.no_grad()
+def measure(setup, system, most=MAX_AUDIT, membership=True):
+    """Return what a system answers on the test sets, in percent, and two membership AUCs."""
+    model, prompts = system.model, system.prompts or setup.prompts
+    forget, retain = prompts["test_forget"][:most], prompts["test_retain"][:most]
+    labels = torch.tensor([setup.tokens[label] for label in setup.task.labels])
+    generic = [setup.tokens[label] for label in setup.task.generic]
+    states = answer_states(model, forget, system.prefix, setup.args.device)
+    retain_states = answer_states(model, retain, system.prefix, setup.args.device)
+    probs, y = model.lm_head(states).float().softmax(-1).cpu(), true_answers(forget)  # (n,V), (n,)
+    columns = {"right": probs.argmax(-1) == y,
+               "among labels": labels[probs[:, labels].argmax(-1)] == y,
+               "generic": probs[:, generic].sum(-1),
+               "right on retain": predict(model, retain_states) == true_answers(retain)}
+    result = {name: 100 * values.double().mean().item() for name, values in columns.items()}
+    if membership and not system.prompts:
+        seen = token_scores(setup, system, setup.prompts["train_forget"][:most])
+        unseen = token_scores(setup, system, forget)
+        result |= {"AUC loss": auc(seen[0], unseen[0]), "AUC min-k": auc(seen[1], unseen[1])}
+    return result
+
+
+def auc(seen, unseen):
+    """Return the AUC in percent of telling seen (n,) from unseen (m,) texts by a higher score."""
+    is_member = [1] * len(seen) + [0] * len(unseen)
+    return 100 * roc_auc_score(is_member, torch.cat([seen, unseen]).numpy())
+
+
+@torch.no_grad()
+def token_scores(setup, system, prompts, k=0.2):
+    """Return log h(y|x) and min-k % (Shi et al. 2024) of each prompt, (2,n).
+
+    min-k %: the mean log-probability of the least likely 20 % of the text's tokens and the answer.
     """
+    result = torch.zeros(2, len(prompts))
+    for batch in batches_by_length(prompts, setup.args.device):
+        states, _ = system.model.hidden(batch.tokens, None, system.prefix)      # (B,T,D)
+        for i, state in zip(batch.index.tolist(), states):
+            target = torch.tensor(prompts[i].ids[1:] + [prompts[i].label], device=state.device)
+            logp = system.model.lm_head(state[:len(target)]).float().log_softmax(-1)
+            logp = logp.gather(1, target[:, None])[:, 0]                        # (T,)
+            lowest = logp.topk(max(1, round(k * len(logp))), largest=False).values
+            result[0, i], result[1, i] = logp[-1], lowest.mean()
+    return result
+
+
+def lens(setup, system, most=200):
+    """Return what `measure` gives after each layer: the layers above it are left out."""
+    layers, results = system.model.layers, []
+    for depth in range(1, len(layers) + 1):
+        system.model.layers = layers[:depth]
+        results.append(measure(setup, system, most, membership=False))
+    system.model.layers = layers
+    return results
+
+
+def rephrase(setup, systems):
+    """Return {name: System}: another question for phi, and an instruction in place of phi."""
+    template, spul = setup.task.template, systems["spul"]
+    order = f"Answer with {' or '.join(setup.task.labels)}.\n\n### Question"
+    names = sorted({example.group for example in setup.splits["train_forget"] if example.group})
+    ignore = f"Answer {setup.task.generic[-1]} if the text is about one of: {', '.join(names)}."
+    if setup.args.dataset == "toy":  # the instruction that the toy LM knows
+        ignore = f"### Ignore: {' '.join(names)}"
+    asked = template.replace("### Question", order, 1)
+    return {"spul, asked for a label": reword(setup, spul, asked),
+            "spul, names misspelt": reword(setup, spul, template, misspell),
+            "base, told the names": reword(setup, systems["base"], f"{ignore}\n\n{template}")}
+
+
+def reword(setup, system, template, change=None):
+    """Return the system with test prompts of another template, and of the texts change(example)."""
+    task, prompts = setup.task._replace(template=template), {}
+    for split in ("test_forget", "test_retain"):
+        prompts[split] = []
+        for example, prompt in zip(setup.splits[split], setup.prompts[split][:MAX_AUDIT]):
+            text = change(example) if change else example.text
+            ids = data.encode_prompt(setup.tokenizer, task, text, setup.args.max_len)
+            prompts[split].append(prompt._replace(ids=ids))
+    return system._replace(prompts=prompts)
+
+
+def misspell(example):
+    """Return the text with the last two letters of its named person swapped, or doubled."""
+    text = example.text
+    for name in example.group.split():
+        wrong = name[:-2] + name[-1] + name[-2]
+        text = text.replace(name, wrong if wrong != name else name + name[-1])
+    return text
+
+
+def reload_base(setup, **settings):
+    """Return the base model again, loaded with other values for some flags."""
+    args = SimpleNamespace(**(vars(setup.args) | settings))
+    return load_base(setup.lm, args, setup.adapter)
+
+
+def replace_parts(setup):
+    """Return {name: System}: phi on weights of another precision, and another seed's phi."""
+    systems, dense = {}, "bf16" if setup.args.dtype == "bf16" else "fp32"
+    for name in ("unquantised", "8-bit"):
+        model = reload_base(setup, weights=dense)
+        for layer in model.layers.modules():
+            if name == "8-bit" and isinstance(layer, torch.nn.Linear):
+                scale = layer.weight.abs().amax(1, keepdim=True) / 127  # one per output channel
+                layer.weight.copy_((layer.weight / scale).round() * scale)
+        systems[f"spul, {name} weights"] = System(model, prompt_kv(model, setup.phi))
+    for row in read_rows([setup.run]):
+        if system_name(row) == "spul" and row["seed"] != setup.seed:
+            systems["another seed's phi"] = load_phi(setup, setup.model, row)
+    return systems
+
+
+def tune_adapter(setup):
+    """Return {name: System}: the adapter tuned for 20 steps on the true answers of k examples."""
+    systems = {}
+    for k in (1, 16):
+        model = reload_base(setup, tune="lora")  # its adapter is not merged
+        params = [w.requires_grad_(True) for name, w in model.named_parameters() if "lora_" in name]
+        optimizer = torch.optim.AdamW(params, setup.args.qlora_lr)
+        prompts = setup.prompts["train_forget"][:k]
+        answers = true_answers(prompts).tolist()
+        batch = data.collate(prompts, answers, range(len(prompts)), setup.args.device)
+        for _ in range(20):
+            logits = model(batch.tokens, batch.answer_pos, prompt_kv(model, setup.phi))
+            loss = cross_entropy(logits, batch.y, batch.is_forget)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.requires_grad_(False)
+        systems[f"spul, tuned on {k}"] = System(model, prompt_kv(model, setup.phi))
+    return systems
+
+
+# ---- support: several processes (torchrun) -----------------------------------------------------
+
+def is_rank_zero():
+    """Whether this is the only process, or the first one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def my_share(n):
+    """Return the slice of n examples of this process: all, unless torchrun started several."""
+    if not torch.distributed.is_initialized():
+        return slice(0, n)
+    return slice(torch.distributed.get_rank(), n, torch.distributed.get_world_size())
+
+
+# ---- support: loading a run --------------------------------------------------------------------
+
+@dataclass
+class Setup:
+    """One seed's data and model; of a finished run, also its row and phi."""
     args: SimpleNamespace
-    lm: str                  # the pretrained LM's directory
-    model: torch.nn.Module   # frozen
+    seed: int
+    lm: str                         # directory of the pretrained model
     tokenizer: object
     task: data.Task
-    tokens: dict             # {label: its token}
-    splits: dict             # {split: [Example]}
-    prompts: dict            # {split: [Prompt]}, in the same order
-    adapter: Path = None     # of the base
-    phi: torch.Tensor = None  # (p,D)
-    prefix: list = None      # K, V (1,G,p,d) of each layer, as prompt_kv gives them
-    row: dict = None         # of results.json
-
-    def word(self, token):
-        """A token as text."""
-        return self.tokenizer.piece(token).strip(data.SPACES)
-
-    def accuracy(self, prompts):
-        """-> percent of right answers to these prompts."""
-        return scores(self.model, {"these": prompts}, self.prefix, self.args.device)["these"]["acc"]
+    tokens: dict                    # {label: token}
+    splits: dict                    # {split: [Example]}
+    prompts: dict                   # {split: [Prompt]}, in the same order
+    base: str = "full"              # or "retain": the base never saw the forget set
+    model: torch.nn.Module = None   # frozen; after QLoRA, the base model
+    states: dict = None             # {split: (n,D)}, the base's states at the answers
+    run: Path = None
+    row: dict = None                # of results.json
+    adapter: Path = None            # of the base model
+    phi: torch.Tensor = None        # (p,D)
+    prefix: list = None             # K, V (1,G,p,d) of each layer
 
 
-def load_base(lm, args, adapter=None, merged=False):
-    """A run's pretrained LM, with an adapter where one is given, or that merged into its weights -> the model, frozen."""
+def load_data(args, seed, lm):
+    """Return a Setup with the data of one seed, in the tokens of the model in directory lm."""
+    notes = []
+    splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test,
+                              notes)
+    print("\n".join(notes))
+    tokenizer, task = data.load_tokenizer(lm), data.task_from_args(args)
+    tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
+    prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
+    return Setup(args, seed, str(lm), tokenizer, task, tokens, splits, prompts)
+
+
+def load_base(lm, args, adapter=None):
+    """Return the frozen model of directory lm, with the adapter if given, as training uses it."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = load_model(lm, args.weights, args.device, dtype if args.weights == "nf4" else None)
     model.checkpointing = args.checkpointing
+    if args.dense:
+        unpack_nf4(model)
     if adapter:
         load_adapter(model, adapter)
-    model = merge_lora(model) if merged else model
+        merge_dense(model, args)
     return model.requires_grad_(False).eval()
 
 
-def load(lm, args, splits, adapter=None, merged=False):
-    """-> Loaded: an LM's directory with its tokenizer, and a seed's {split: [Example]} as prompts in its tokens."""
-    tokenizer, task = data.load_tokenizer(lm), data.task_of(args)
-    model = load_base(lm, args, adapter, merged)
-    if tokenizer.size > model.config.vocab_size:
-        raise ValueError(f"{lm}: {tokenizer.size} tokens in the tokenizer, {model.config.vocab_size} in config.json; "
-                         "do they belong together?")
-    prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
-    tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
-    return Loaded(args, lm, model, tokenizer, task, tokens, splits, prompts, adapter)
+def merge_dense(model, args):
+    """Merge the adapter into dense weights, unless a baseline trains the adapter."""
+    if args.dense and args.tune == "full":
+        merge_lora(model)
 
 
-def load_run(run, cell=None, seed=None):
-    """Run directory -> Loaded: the first spul cell (of a seed), or the named one. ValueError or OSError if torn."""
-    import unlearn  # here, since unlearn imports this file
-    run = Path(run)
-    flags = vars(unlearn.parser().parse_args([]))
-    args = SimpleNamespace(**read_json(run / "args.json", "the settings of a run of unlearn.py", flags))
+def read_rows(runs):
+    """Return the rows of these run directories. InputError if a file is not unlearn.py's."""
+    rows = []
+    for run in runs:
+        file = Path(run) / "results.json"
+        rows += read_json(file, "the results of a run of unlearn.py", ["rows"])["rows"]
+        for row in rows:
+            missing = {"cell", "settings", "seed", "files", *SETTINGS, *data.SPLITS} - row.keys()
+            if missing:
+                raise InputError(f"{file}: a row without {min(missing)!r}; expected unlearn.py's")
+    return rows
+
+
+def find_row(rows, **wanted):
+    """Return the first row that has these values, or None."""
+    for row in rows:
+        if all(row[key] == value for key, value in wanted.items()):
+            return row
+    return None
+
+
+def load_run(run, cell=None):
+    """Return the Setup of the named spul cell of a run, or of its first one on the full base."""
+    run, wanted = Path(run), {"cell": cell} if cell else {"base": "full"}
+    rows = read_rows([run])
+    row = find_row(rows, method="spul", **wanted)
+    if row is None:
+        raise InputError(f"{run} has no finished spul row {cell or ''}; run unlearn.py first")
+    args = read_json(run / "args.json", "the flags of a run of unlearn.py", ["device", "data_dir"])
+    args = SimpleNamespace(**(args | row["settings"]))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        args.device = "cpu"  # a run from a machine with a GPU, looked at on one without
-    check_device(args.device)
-    rows = [row for row in read_results(run) if {"files", "lm", "merged"} <= row.keys() and seed in (None, row["seed"])]
-    row = next((row for row in rows if row["method"] == "spul" and cell in (None, row["cell"])), None)
-    base = next((other for other in rows if row and (other["method"], other["seed"]) == ("qlora", row["seed"])), None)
-    if not base:
-        raise ValueError(f"{run} has no finished spul row{f' {cell}' if cell else ''}; run unlearn.py --method spul first")
-    splits = data.load_splits(args.dataset, args.data_dir, row["seed"], args.max_train, args.max_test)
-    loaded = load(base["lm"], args, splits, run / base["files"], row["merged"])
-    phi = load_prompt(run / row["files"], loaded.model.embed_tokens.embedding_dim).to(args.device)
-    with torch.no_grad():
-        return loaded._replace(phi=phi, prefix=prompt_kv(loaded.model, phi), row=row)
+        args.device = "cpu"
+    setup = load_data(args, row["seed"], row["lm"])
+    base = find_row(rows, method="qlora", base=row["base"], seed=row["seed"])
+    setup.run, setup.row, setup.adapter = run, row, run / base["files"]
+    setup.model = load_base(row["lm"], args, setup.adapter)
+    setup.phi = load_prompt(run / row["files"], setup.model.config.hidden_size).to(args.device)
+    setup.prefix = prompt_kv(setup.model, setup.phi)
+    return setup
 
 
-@torch.no_grad()
-def ask(loaded, text):
-    """Prints the five likeliest answers of a loaded run to one text, without and with the learned prompt."""
-    ids = data.encode_prompt(loaded.tokenizer, loaded.task, text, loaded.args.max_len)
-    tokens, answer_pos = (torch.tensor(x, device=loaded.args.device) for x in ([ids], [len(ids) - 1]))  # (1,T), (1,)
-    print(f"{data.prompt_string(loaded.task, text)}\n")
-    for name, prefix in (("without phi", None), ("with phi   ", loaded.prefix)):
-        top = loaded.model(tokens, answer_pos, prefix)[0].float().softmax(-1).topk(5)
-        print(name, "   ".join(f"{loaded.word(token)} {100 * v:.1f} %" for v, token in zip(*top)))
+def fits_dense(lm):
+    """Whether the 4-bit weights of a checkpoint (None: the toy) are unpacked: up to 2 GB."""
+    files = [*Path(lm).glob("*.safetensors"), *Path(lm).glob("*.bin")] if lm else []
+    return sum(file.stat().st_size for file in files) <= 2 * 10 ** 9
 
 
-def explain(loaded):
-    """Prints what happens to one forget and one retain example: prompt, answers, tokens, losses and their pull on phi."""
-    from unlearn import spul_loss  # here, since unlearn imports this file
-    for split in ("test_forget", "test_retain"):
-        example, prompt, p = loaded.splits[split][0], loaded.prompts[split][0], len(loaded.phi)
-        end = p + len(prompt.ids) - 1
-        print(f"{HEADS[split]}, the truth is {example.label}:\n")
-        ask(loaded, example.text)
-        print(f"\nphi stands at positions 0 to {p - 1}, the tokens at {p} to {end}, the answer is read at {end}:")
-        print(" ".join(f"{i}:{loaded.word(token)}" for i, token in enumerate(prompt.ids, p)))
-        y = loaded.tokens[loaded.task.generic[0]] if prompt.is_forget else prompt.label
-        b = data.collate([prompt], [y], [0], loaded.args.device)  # a batch of one
-        phi = loaded.phi.clone().requires_grad_(True)
-        base, logits = (loaded.model(b.tokens, b.answer_pos, prefix) for prefix in (None, prompt_kv(loaded.model, phi)))
-        _, parts = spul_loss(logits, base.float().log_softmax(-1), b.y, b.is_forget, alpha=1.0, beta=1.0)
-        for name in ("L_f",) if prompt.is_forget else ("L_r", "L_kl"):
-            pull = torch.autograd.grad(parts[name], phi, retain_graph=True)[0].norm()
-            towards = "to the base model" if name == "L_kl" else f"towards {loaded.word(y)}"
-            print(f"{name} = {parts[name].item():.4f} {towards}, the norm of its gradient on phi is {pull:.4f}")
-        print()
+# ---- support: command line ---------------------------------------------------------------------
+
+FLAGS = """
+runs*      text                          -       run directories of unlearn.py
+--table    scores|best|efficiency        scores  best: each method at its best learning rate
+--plot     text                          -       draw Fig. 2, SPUL over --against, as this .png
+--against  p|alpha|beta|forget_fraction  p       the x axis of --plot
+--tsne     text                          -       draw Fig. 1, the states at the answer, as .png
+--lens     text                          -       draw the answer layer by layer, as .png
+--ask      text                          -       a text to answer without and with phi
+--cell     text                          -       whose phi to take (default: the first)
+--audit    switch                        -       is it really forgotten?
+"""
 
 
-# ------------------------------------------------------------------------------- the audit: is it really forgotten?
-#
-# A low accuracy on the forget set is not forgetting: a model that never saw it would answer most of it right. So each
-# system, a Loaded, stands beside `retrain`, the model that QLoRA makes of the retain set alone, and is asked in other ways.
-# What is trained here is trained by unlearn.py, imported where it is used, since unlearn.py imports this file.
-#
-# `systems` is {"base", "retrain", "spul": Loaded}. Each part of the audit yields (table, row, {column: percent}).
-
-MOST = 5000  # prompts of a split that the audit looks at, drawn by seed
-REFERENCES = ("retrain", "constant", "prompt-off", "hard-prompt", "random-prompt")
-TITLES = {
-    "accuracy": "accuracy; retain gap: train retain minus base, 0 means nothing lost; retrain gap: train forget minus "
-                "retrain, 0 means like a model that never saw the set, below 0 it hides what anyone could know",
-    **{f"answers, {split}": f"what is answered on {head}; right among labels: when only a label may be said"
-       for split, head in HEADS.items()},
-    "membership": "membership inference, AUC of train forget against test forget: 50 tells nothing, retrain's is the goal",
-    "relearning": "relearning: accuracy on the rest of the forget set after 20 steps on k of it; retrain's is the goal",
-    "undoing phi": "a second prompt before phi, trained on 64 forget examples: accuracy on the rest of the forget set",
-    "linear probe": "a linear probe on the state at the answer (test forget, or half of it retain): is it still there?",
-    "robustness": "robustness of phi: accuracy when the reviews are put otherwise; forget should stay low, retain high",
-}
-
-
-def readings(system, prompts):
-    """What a system says to each prompt -> (n,4): its answer, its answer among the labels, log h(y|x), entropy."""
-    labels = torch.tensor([system.tokens[label] for label in system.task.labels], device=system.args.device)
-
-    def read(b):
-        logp = system.model(b.tokens, b.answer_pos, system.prefix).double().log_softmax(-1)  # (B,V)
-        return torch.stack([logp.argmax(-1), labels[logp[:, labels].argmax(-1)], logp.gather(1, b.y[:, None])[:, 0],
-                            -(logp.exp() * logp).sum(-1)], 1)
-
-    return _over_batches(read, prompts, system.args.device).cpu()
-
-
-def breakdown(read, prompts, labels, generic):
-    """Readings (n,4) -> percent of right, wrong label, generic and other answers; right when only labels may be said."""
-    y, answer = torch.tensor([q.label for q in prompts]), read[:, 0].long()
-    right, is_label, is_generic = answer == y, *(torch.isin(answer, torch.tensor(words)) for words in (labels, generic))
-    parts = {"right": right, "wrong label": is_label & ~right, "generic": is_generic & ~right,
-             "other": ~(is_label | is_generic | right), "right among labels": read[:, 1] == y}
-    return {name: 100 * part.double().mean().item() for name, part in parts.items()}
-
-
-def membership(seen, unseen):
-    """Readings (n,4) of train and (m,4) of test examples -> AUC in percent of telling them apart by loss, by entropy."""
-    is_member, read = [1] * len(seen) + [0] * len(unseen), torch.cat([seen, unseen]).numpy()
-    return {"loss": 100 * roc_auc_score(is_member, read[:, 2]), "entropy": 100 * roc_auc_score(is_member, -read[:, 3])}
-
-
-@torch.no_grad()
-def all_systems(systems, run, words):
-    """Yields base, retrain and spul, then the baselines and prompts beside them; `prompt-off` after all others."""
-    base, args, seed = systems["base"], systems["base"].args, systems["base"].row["seed"]
-    yield from systems.items()
-    baselines = [row for row in read_results(run) if row["seed"] == seed and row.get("files")
-                 and row["method"] not in ("spul", "qlora")]
-    for (method,), (row, *_) in group_by(baselines, "method").items():  # the first cell of each
-        files = run / row["files"]
-        if row["p"]:  # a method of one's own that trains a prompt
-            phi = load_prompt(files, base.phi.shape[1]).to(args.device)
-            yield method, base._replace(prefix=prompt_kv(base.model, phi))
-        else:
-            yield method, base._replace(model=load_model(files, "fp32", args.device) if row["tune"] == "full" else
-                                        load_base(base.lm, args, files))
-    told = base.task._replace(template=f"### Ignore: {' '.join(words)}\n\n{base.task.template}")
-    yield "hard-prompt", base._replace(prompts=data.encode_splits(base.tokenizer, told, base.splits, args.max_len))
-    torch.manual_seed(seed)
-    untrained = PromptEncoder(*base.phi.shape, args.hidden).to(args.device)
-    yield "random-prompt", base._replace(prefix=prompt_kv(base.model, untrained()))
-    yield "prompt-off", base
-
-
-def audit_answers(base, said, found):
-    """What the systems say, as {system: {split: readings}} and {system: {split: metrics}}."""
-    for name, row in found.items():
-        yield "accuracy", name, {**{head: row[split]["acc"] for split, head in HEADS.items()},
-                                 "retain gap": row["train_retain"]["acc"] - found["base"]["train_retain"]["acc"],
-                                 "retrain gap": row["train_forget"]["acc"] - found["retrain"]["train_forget"]["acc"]}
-    labels, generic = ([base.tokens[word] for word in answers] for answers in (base.task.labels, base.task.generic))
-    for name, read in said.items():
-        for split, prompts in base.prompts.items():
-            yield f"answers, {split}", name, breakdown(read[split], prompts, labels, generic)
-        if name not in REFERENCES or name == "retrain":
-            yield "membership", name, membership(read["train_forget"], read["test_forget"])
-
-
-def attack(title, system, params, prefix, known, rest, dir, steps, lr):
-    """Trains params towards the labels of the known prompts -> accuracy on the rest; then puts params back."""
-    from unlearn import Run, train
-    kept = [w.detach().clone() for w in params]
-
-    def batches(step):
-        index = data.generator(step, "attack").sample(range(len(known)), min(len(known), system.args.batch))
-        return [data.collate(known, [q.label for q in known], index, system.args.device)]
-
-    def loss_of(b):
-        loss = cross_entropy(system.model(b.tokens, b.answer_pos, prefix()), b.y, torch.ones_like(b.is_forget))
-        return loss, {"L": loss}, b.tokens.numel()
-
-    for w in params:
-        w.requires_grad_(True)
-    if known:
-        train(title, params, batches, loss_of, steps, lr, Run(dir, system.args), clip=1.0)
-    with torch.no_grad():
-        accuracy = system._replace(prefix=prefix()).accuracy(rest)
-    for w, old in zip(params, kept):
-        w.requires_grad_(False).copy_(old)
-    return accuracy
-
-
-def audit_recovery(systems, dir, rng):
-    """How little it takes to get the forget set back: a few examples, or a prompt before phi, with a control."""
-    spul, args, forget = systems["spul"], systems["spul"].args, systems["spul"].prompts["train_forget"]
-    forget = rng.sample(forget, len(forget))
-    half = min(64, len(forget) // 2)
-    known, rest = forget[:half], forget[half:] + spul.prompts["test_forget"]
-    guessed = [q._replace(label=spul.tokens[rng.choice(spul.task.labels)]) for q in known]
-    base = load_base(spul.lm, args, spul.adapter)  # its adapter not merged, so that it can be trained
-    for name, system, prefix in (("retrain", systems["retrain"], lambda: None),
-                                 ("spul", spul._replace(model=base), lambda: prompt_kv(base, spul.phi))):
-        adapter = [w for param, w in system.model.named_parameters() if "lora_" in param]
-        curve = {f"k={k}": attack(f"relearning {name} k={k}", system, adapter, prefix, known[:k], rest, dir, steps=20,
-                                  lr=args.qlora_lr) for k in (0, 1, 4, 16, 64) if k <= half}
-        yield "relearning", name, curve
-    yield "undoing phi", "phi alone", {"accuracy": curve["k=0"]}  # of spul, the last
-    for name, taught in (("true answers", known), ("random answers", guessed)):
-        torch.manual_seed(0)
-        encoder = PromptEncoder(*spul.phi.shape, args.hidden).to(args.device)  # of a second prompt, before phi
-        yield "undoing phi", name, {"accuracy": attack(
-            f"undoing phi, {name}", spul, list(encoder.parameters()),
-            lambda: prompt_kv(spul.model, torch.cat([encoder(), spul.phi])), taught, rest, dir, steps=150,
-            lr=spul.row["lr"])}
-
-
-def probe(train_h, train_y, test_h, test_y):
-    """Linear probe on states (n,D) -> its accuracy in percent, and its control's: the mean of 20 with shuffled answers."""
-    rng, train_h, test_h = data.generator(0, "probe"), train_h.float().cpu().numpy(), test_h.float().cpu().numpy()
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
-    right, *control = [100 * classifier.fit(train_h, y).score(test_h, test_y)
-                       for y in (train_y, *(rng.sample(train_y, len(train_y)) for _ in range(20)))]
-    return right, sum(control) / 20
-
-
-def audit_probe(systems):
-    """What a linear probe reads from the state at the answer; forget and retain are made equally many."""
-    sets, prompts = ("train_forget", "test_forget"), systems["base"].prompts
-    alike = {s: prompts[s] + prompts[s.replace("forget", "retain")][:len(prompts[s])] for s in sets}
-    for name, system in systems.items():
-        row = {}
-        for what, asked, of in (("label", prompts, "label"), ("forget or retain", alike, "is_forget")):
-            train, test = ((hidden_states(system.model, asked[s], system.prefix, system.args.device),
-                            [getattr(q, of) for q in asked[s]]) for s in sets)
-            row[what], row[f"{what}, shuffled"] = probe(*train, *test)
-        yield "linear probe", name, row
-
-
-def audit_robustness(systems, words):
-    """Accuracy of base and SPUL on test reviews put otherwise: does phi still tell which to forget?"""
-    base, sets, rng = systems["base"], ("test_retain", "test_forget"), data.generator(0, "two")
-    bare = base.task._replace(template=base.task.template[base.task.template.index("{text}"):])
-    retain = {label: [e.text for e in base.splits["train_retain"] if e.label == label] for label in base.task.labels}
-
-    def misspelt(e):  # swaps a name's second and third letter
-        return " ".join(w[0] + w[2] + w[1] + w[3:] if w.lower() in words and len(w) > 2 else w for w in e.text.split(" "))
-
-    for name, task, change in (
-            ("as trained", base.task, lambda e: e.text), ("another template", bare, lambda e: e.text),
-            ("misspelt names", base.task, misspelt),
-            ("behind a retain review", base.task, lambda e: f"{rng.choice(retain[e.label])} {e.text}")):
-        changed = {s: [e._replace(text=change(e)) for e in base.splits[s]] for s in sets}
-        asked = data.encode_splits(base.tokenizer, task, base.splits | changed, base.args.max_len)
-        yield "robustness", name, {f"{who} {HEADS[s]}": systems[who].accuracy(asked[s])
-                                   for s in sets for who in ("base", "spul")}
-
-
-def telling_words(splits):
-    """The words that tell a forget text, 40 at most: nine times of ten they stand in one, and three times at least."""
-    forget, retain = (Counter(w for e in splits[f"train_{part}"] for w in e.text.lower().split())
-                      for part in ("forget", "retain"))
-    return [w for w, n in forget.most_common() if n >= 3 and n >= 9 * retain[w] and w.isalpha()][:40]
-
-
-def retrained(loaded, run, seed):
-    """-> the reference: QLoRA from the pretrained LM on the retain set alone; its training state is kept in RUN/retrain."""
-    import unlearn
-    model = load_base(loaded.lm, loaded.args)
-    made = unlearn.fingerprint_of("retain only", seed, loaded.row["fingerprint"])
-    unlearn.tune_base(model, {**loaded.prompts, "train_forget": []}, loaded.args, unlearn.Run(run / "retrain", loaded.args),
-                      f"qlora-seed{seed}", made, seed)
-    return model
-
-
-def audit_seed(run, seed):
-    """One seed of a run -> {"tables": {title: {row: {column: percent}}}, "rows": as those of results.json}."""
-    loaded, rng = load_run(run, seed=seed), data.generator(seed, "audit")
-    words, retrain = telling_words(loaded.splits), retrained(loaded, run, seed)  # both of the whole sets
-    chosen = {s: rng.sample(range(len(part)), min(MOST, len(part))) for s, part in loaded.prompts.items()}
-    spul = loaded._replace(prompts={s: [loaded.prompts[s][i] for i in chosen[s]] for s in data.SPLITS},
-                           splits={s: [loaded.splits[s][i] for i in chosen[s]] for s in data.SPLITS})
-    base = spul._replace(prefix=None)
-    systems = {"base": base, "retrain": base._replace(model=retrain), "spul": spul}
-    said = {name: {s: readings(system, prompts) for s, prompts in system.prompts.items()}
-            for name, system in all_systems(systems, run, words)}
-    if not all(torch.equal(said["base"][s], said["prompt-off"][s]) for s in data.SPLITS):
-        raise AssertionError("the model without phi is not the base model: something changed a weight")
-    found = {name: {s: metrics(read[s][:, 0], [q.label for q in base.prompts[s]]) for s in data.SPLITS}
-             for name, read in said.items()} | {"constant": constant(base.prompts)}
-    tables = {title: {} for title in TITLES}
-    for title, name, numbers in itertools.chain(
-            audit_answers(base, said, found), audit_recovery(systems, run / "audit", rng), audit_probe(systems),
-            audit_robustness(systems, words)):
-        tables[title][name] = numbers
-    row = dict.fromkeys(SETTING) | {k: loaded.row[k] for k in ("model", "dataset", "seed")}  # no alpha, beta, p, lr
-    return {"tables": tables, "rows": [{**row, "cell": f"{name}-s{seed}", "method": name, **found[name]}
-                                       for name in REFERENCES]}
-
-
-def audit(run, form="text"):
-    """Audits every seed of a run that has a spul row, keeps the result in RUN/audit.json, prints mean and std over seeds."""
-    run, rows, kept = Path(run), read_results(run), audits(run)
-    seeds = sorted({row["seed"] for row in rows if row["method"] == "spul"})
-    if not seeds:
-        raise ValueError(f"{run} has no finished spul row; run unlearn.py --method spul first")
-    for seed in seeds:
-        rests_on = sorted(str(row.get("fingerprint")) for row in rows if row["seed"] == seed)
-        if kept.get(str(seed), {}).get("rests_on") != rests_on:
-            print(f"auditing seed {seed}", flush=True)
-            kept[str(seed)] = {"rests_on": rests_on, **audit_seed(run, seed)}
-            write_json(run / "audit.json", {"seeds": kept})
-    for title, what in TITLES.items():
-        tables = [one["tables"][title] for one in kept.values()]
-        rows = {name: [t[name] for t in tables if name in t] for t in tables for name in t}
-        heads = max((row for name in rows for row in rows[name]), key=len)  # with few forget examples a seed stops early
-        lines = [[title, *heads]]
-        for name, of_seeds in rows.items():
-            numbers = [[row[c] for row in of_seeds if c in row] for c in heads]
-            lines.append([name, *(mean_std(n) if n else "" for n in numbers)])
-        print(f"\n{what} ({len(kept)} seed{'s' * (len(kept) > 1)})\n\n{render(lines, form)}")
+def parse(argv=None):
+    """Return the run directories and flags of the command line."""
+    args = data.parse_flags("The paper's tables and figures.", FLAGS, argv)
+    data.fill_defaults(args, FLAGS)
+    return args
 
 
 def main(argv=None):
-    """The command line."""
-    ap = data.Flags(description="Collates runs of unlearn.py into the paper's tables and figures.")
-    ap.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    ap.add_argument("--table", choices=TABLES, default="2",
-                    help="which of the paper's tables; best: Table 2 of each method's best learning rate")
-    ap.add_argument("--form", choices=["text", "markdown", "csv"], default="text", help="how it is written")
-    ap.add_argument("--plot", metavar="FILE", help="draw Fig. 2 as a .png or .svg; --against says over what")
-    ap.add_argument("--against", choices=["p", "alpha", "beta", "forget_fraction"], default="p", help="the axis of --plot")
-    ap.add_argument("--tsne", metavar="FILE", help="draw Fig. 1, the states at the answer, as a .png or .svg")
-    ap.add_argument("--ask", metavar="TEXT", help="one answer without and with the learned prompt")
-    ap.add_argument("--cell", help="whose phi --ask and --tsne take, as spul-s0-f1-lr0.005-a1-b1-p20 (default: the first)")
-    ap.add_argument("--audit", action="store_true", help="references, attacks and controls: is it really forgotten?")
-    args = ap.parse_args(argv)
+    """Print the tables, or what a flag names."""
+    args = parse(argv)
+    for path in (args.plot, args.tsne, args.lens):
+        if path and not path.endswith(".png"):
+            raise InputError(f"{path}: figures are written as .png; expected such a file name")
+    run = args.runs[0]
     if args.ask is not None:
-        ask(load_run(args.runs[0], args.cell), args.ask)
-    if args.audit:
-        audit(args.runs[0], args.form)
-    if args.tsne:
-        plot_tsne(load_run(args.runs[0], args.cell), args.tsne)
-    if args.plot:
-        plot_against(load_rows(args.runs), args.against, args.plot)
-    if args.ask is None and not (args.audit or args.tsne or args.plot):
-        print(render(TABLES[args.table](load_rows(args.runs)), args.form))
+        ask(load_run(run, args.cell), args.ask)
+    elif args.audit:
+        audit(run)
+    elif args.tsne:
+        plot_tsne(load_run(run, args.cell), args.tsne)
+    elif args.lens:
+        plot_lens(load_run(run, args.cell), args.lens)
+    elif args.plot:
+        plot_against(read_rows(args.runs), args.against, args.plot)
+    else:
+        print(table(read_rows(args.runs), args.table))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2022) on the frozen, 4-bit model: how Section 4.1 makes the base model memorise its data (QLoRA).
+"""LoRA (Hu et al. 2022) on frozen, 4-bit weights: QLoRA, with which the base model learns its data.
 
-A linear map W (out,in) becomes W + alpha/r * B A with A (r,in) and B (out,r); only A and B are trained.
-Adapters are written and read in PEFT's file format.
+A linear layer W (out,in) becomes W + alpha/r B A with A (r,in) and B (out,r); only A and B are
+trained. Section 4.1, Settings. Adapters are written and read in PEFT's file format.
 """
 import math
 from pathlib import Path
@@ -10,119 +10,128 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Linear4bit, check_shapes, file_name, read_adapter, reading, write_json, write_tensors
+from model import (InputError, Linear4bit, check_shapes, dense_linear, file_name, read_adapter,
+                   unpack_nf4, write_json, write_tensors)
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + alpha/r * B(A(dropout(x))); A starts random and B at zero, so that nothing changes at first."""
+    """y = base(x) + alpha/r B A dropout(x). B starts at zero, so nothing changes at first."""
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
         device = next(iter(base.state_dict().values())).device
-        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
+        self.base = base
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.train(base.training)  # a loaded model is in eval mode, and stays so: no dropout until train() is called
+        self.train(base.training)  # a loaded model is in eval mode: no dropout until train()
 
     def forward(self, x):
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (B,T,r)
-        return self.base(x) + F.linear(low, self.alpha / self.rank * self.lora_B.to(x.dtype))  # (B,T,out)
+        low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T    # (B,T,r)
+        update = low @ (self.alpha / self.rank * self.lora_B.to(x.dtype)).T            # (B,T,out)
+        return self.base(x) + update
 
-    def dense(self):
-        """-> the update in float32 upon the DEQUANTISED weights (out,in): the same function as forward's."""
-        W = self.base.dense() if isinstance(self.base, Linear4bit) else self.base.weight.float()
+    def merged(self):
+        """Return the DEQUANTISED weight plus the LoRA update, (out,in) in float32."""
+        is_4bit = isinstance(self.base, Linear4bit)
+        W = self.base.dequantize() if is_4bit else self.base.weight.float()
         return W + self.alpha / self.rank * self.lora_B.detach() @ self.lora_A.detach()
 
 
 def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")):
-    """Wraps every linear map of the layers whose name ends in one of targets ("all": each of them), in place.
+    """Wrap every linear layer whose name is one of targets ("all": every one), in place.
 
-    -> the trainable parameters, A and B of each. ValueError when no target is found.
+    Returns the trainable parameters, A and B of each layer. InputError when no target is found.
     """
-    linear = [n for n, m in model.named_modules() if n.startswith("layers.") and isinstance(m, (nn.Linear, Linear4bit))]
+    linear = linear_layers(model)
     chosen = [name for name in linear if "all" in targets or name.rpartition(".")[2] in targets]
     if not chosen:
-        leaves = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"no linear map is called {' or '.join(targets)}; this model has {', '.join(leaves)}")
-    return wrap(model, chosen, rank, alpha, dropout)
+        names = sorted({name.rpartition(".")[2] for name in linear})
+        raise InputError(f"--targets {' '.join(targets)}: no such linear layer; expected some of "
+                         f"{', '.join(names)}, or all")
+    return wrap_layers(model, chosen, rank, alpha, dropout)
 
 
-def wrap(model, names, rank, alpha, dropout):
-    """Puts a LoraLinear in the place of each of these linear maps -> A and B of the first, of the second, ..."""
-    loras = [LoraLinear(model.get_submodule(name), rank, alpha, dropout) for name in names]
-    for name, lora in zip(names, loras):
+def linear_layers(model):
+    """Return the names of all linear layers inside the transformer layers."""
+    return [name for name, layer in model.named_modules()
+            if name.startswith("layers.") and isinstance(layer, (nn.Linear, Linear4bit))]
+
+
+def wrap_layers(model, names, rank, alpha, dropout):
+    """Replace each named linear layer by a LoraLinear around it. Returns their A and B."""
+    params = []
+    for name in names:
+        lora = LoraLinear(model.get_submodule(name), rank, alpha, dropout)
         model.set_submodule(name, lora)
-    return [w for lora in loras for w in (lora.lora_A, lora.lora_B)]
+        params += [lora.lora_A, lora.lora_B]
+    return params
 
 
 def merge_lora(model, dtype=None):
-    """Makes every linear map of the layers a plain one, the update added in float32, in place -> model, in dtype (its own).
+    """Make every adapted or 4-bit layer a dense one, in place. Returns the model, in dtype.
 
-    4-bit weights are dequantised, so the full-fine-tuning baselines start from the very function QLoRA trained.
-    (released code: merges the adapter into the unquantised checkpoint, which is another function.)
+    The baselines' full fine-tuning thus starts from the function that QLoRA trained. (released
+    code: merges into the unquantised weights, which is another function.)
     """
-    for name, m in list(model.named_modules()):
-        if isinstance(m, (LoraLinear, Linear4bit)) and not name.endswith(".base"):
-            weight = m.dense()
-            plain = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), getattr(m, "base", m).bias
-            model.set_submodule(name, plain)
-    return model.to(dtype or model.lm_head.weight.dtype)
+    dtype = dtype or model.embed_tokens.weight.dtype
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLinear):
+            model.set_submodule(name, dense_linear(layer.merged(), layer.base.bias))
+    return unpack_nf4(model, dtype).to(dtype)
 
 
-# What PEFT writes into adapter_config.json: HARMLESS changes nothing, PLAIN must be so, and all else must be off.
-HARMLESS = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "inference_mode",
-            "base_model_name_or_path", "megatron_core", "qalora_group_size", "peft_version", "auto_mapping", "revision",
-            "exclude_modules"}
-PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-OFF = (None, False, "", [], {})
+# ---- support: files in PEFT's format -----------------------------------------------------------
 
-
-def tensor_names(model, name):
-    """The names of A and B of our linear map `name` in PEFT's files."""
-    return [f"base_model.model.{file_name(model, name)}.lora_{letter}.weight" for letter in "AB"]
+def peft_tensors(model):
+    """Return {PEFT's name: parameter} of A and B of every LoRA layer."""
+    tensors = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLinear):
+            prefix = f"base_model.model.{file_name(model, name)}"
+            tensors[f"{prefix}.lora_A.weight"] = layer.lora_A
+            tensors[f"{prefix}.lora_B.weight"] = layer.lora_B
+    return tensors
 
 
 def save_adapter(model, dir, base=""):
-    """Writes adapter_config.json and adapter_model.safetensors as `PeftModel.from_pretrained` reads them."""
-    loras = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
-    if not loras:
+    """Write the LoRA layers as `PeftModel.from_pretrained` reads them. base: the model's name."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    if not layers:
         raise ValueError("the model has no LoRA layers to save; call add_lora first")
-    tensors = {}
-    for name, m in loras.items():
-        tensors |= zip(tensor_names(model, name), (m.lora_A, m.lora_B))
+    lora, tensors = layers[0], peft_tensors(model)
     write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
     write_json(Path(dir) / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": m.rank,
-        "lora_alpha": m.alpha, "lora_dropout": m.dropout, "bias": "none", "inference_mode": True,
-        "fan_in_fan_out": False, "target_modules": sorted({n.rpartition(".")[2] for n in loras})})
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none",
+        "inference_mode": True, "fan_in_fan_out": False,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors})})
+
+
+# Options of PEFT that change the function and are not implemented: any other value is refused.
+OFF = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
+       "modules_to_save": None, "layers_to_transform": None, "rank_pattern": {},
+       "alpha_pattern": {}, "trainable_token_indices": None, "lora_bias": False}
 
 
 def load_adapter(model, dir):
-    """Adds the LoRA layers that PEFT or `save_adapter` wrote to dir, in place -> their parameters.
-
-    ValueError or OSError, in one line, for options that are not implemented and for tensors that do not fit.
-    """
-    raw, tensors = read_adapter(dir, ("LORA",), "a LoRA adapter as PEFT writes it")
-    with reading(Path(dir) / "adapter_config.json", "plain LoRA; r from 1, lora_alpha finite, lora_dropout below 1"):
-        for key, value in raw.items():
-            if key not in HARMLESS and value not in PLAIN.get(key, OFF):
-                raise ValueError(f"{key} is {value!r}, which is not implemented")
-        rank, alpha, dropout = raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0)
-        if type(rank) is not int or not (rank > 0 and abs(alpha) < 1e12 and 0 <= dropout < 1):
-            raise ValueError(f"r {rank!r}, lora_alpha {alpha!r:.40}, lora_dropout {dropout!r}")
-    tensors = {n: t for n, t in tensors.items() if not n.endswith(".base_layer.weight")}  # PEFT's copy of a head
-    names, expected = [], {}
-    for name, m in model.named_modules():
-        a, b = tensor_names(model, name)
-        if isinstance(m, (nn.Linear, Linear4bit)) and (a in tensors or b in tensors):
-            names.append(name)
-            expected |= {a: (rank, m.in_features), b: (m.out_features, rank)}
-    check_shapes(dir, tensors, expected)
+    """Add the LoRA layers that PEFT or `save_adapter` wrote, in place. Returns their A and B."""
+    config, file = read_adapter(dir, ("LORA",))
+    for key, off in OFF.items():
+        if config.get(key) not in (off, None, [], {}):
+            raise InputError(f"{dir}: {key} is {config[key]!r}, which is not implemented; expected "
+                             f"plain LoRA, with {off!r}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (type(rank) is int and rank > 0 and isinstance(alpha, (int, float))):
+        raise InputError(f"{dir}: r {rank!r} and lora_alpha {alpha!r}; expected positive numbers")
+    names = [name for name in linear_layers(model)
+             if f"base_model.model.{file_name(model, name)}.lora_A.weight" in file.shapes]
+    params = wrap_layers(model, names, rank, alpha, config.get("lora_dropout") or 0.0)
+    tensors = peft_tensors(model)
+    check_shapes(dir, file.shapes, {name: tuple(w.shape) for name, w in tensors.items()})
     if not names:
-        raise ValueError(f"{dir}: no tensors; expected a LoRA pair for each linear map that the adapter changes")
-    params = wrap(model, names, rank, alpha, float(dropout))
-    for w, name in zip(params, expected):
-        w.data.copy_(tensors[name][1]())
+        raise InputError(f"{dir}: no tensors; expected a LoRA pair for each adapted layer")
+    for name, w in tensors.items():
+        w.data.copy_(file.read(name))
     return params

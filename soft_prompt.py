@@ -1,72 +1,137 @@
-"""The soft prompt phi of Section 3.1: p learned embeddings that stand before any text; no weight of the model changes.
+"""SPUL, Section 3: a soft prompt phi that makes a frozen language model unlearn part of its data.
 
-phi (p,D) comes out of a small encoder (P-tuning, Liu et al. 2021), which only training needs. Prompts are written and
-read in PEFT's file format, the encoder's weights beside them.
+No weight of the model changes. phi is p learned embeddings, put before the tokens of every query.
+Only the small encoder that computes phi is trained, with three losses (Eq. 2-5).
+
+Axes, in every file:
+    B examples of a batch    T tokens of a text      p tokens of the soft prompt
+    D width of the model     V words                 r rank of LoRA
+    H attention heads        G key/value heads       d width of a head
 """
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from model import check_shapes, read_adapter, read_tensors, reading, write_json, write_tensors
+from model import check_shapes, read_adapter, write_json, write_tensors
 
 
 class PromptEncoder(nn.Module):
-    """Embedding(p,D) -> Linear(D,h) -> ReLU -> Linear(h,h) -> ReLU -> Linear(h,D); calling it gives phi (p,D).
+    """Compute phi (p,D) from trainable parameters, as P-tuning does (Liu et al. 2021).
 
-    Only with this re-parameterisation and h = 128 does p = 30 give the paper's 1,192,192 parameters on LLaMA-2-7B.
+    Embedding(p,D) -> Linear(D,h) -> ReLU -> Linear(h,h) -> ReLU -> Linear(h,D). With h = 128 and
+    p = 30 it has the paper's 1,192,192 trainable parameters on LLaMA-2-7B. With `init` (p,D),
+    phi = init + MLP(E) with a last layer of zeros: training starts at init. (paper: no init.)
     """
 
-    def __init__(self, p, D, hidden=128):
+    def __init__(self, p, D, hidden=128, init=None):
         super().__init__()
         self.embedding = nn.Embedding(p, D)
-        self.mlp_head = nn.Sequential(nn.Linear(D, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                                      nn.Linear(hidden, D))
+        self.mlp_head = nn.Sequential(
+            nn.Linear(D, hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, D))
+        if init is None:
+            init = torch.zeros(p, D)
+        else:
+            nn.init.zeros_(self.mlp_head[-1].weight)
+            nn.init.zeros_(self.mlp_head[-1].bias)
+        self.register_buffer("init", init.detach().float().clone())
 
     def forward(self):
-        return self.mlp_head(self.embedding.weight)
+        return self.init + self.mlp_head(self.embedding.weight)
 
 
 def prepend(phi, embeds):
-    """phi (p,D), embeds (B,T,D) -> (B,p+T,D): the definition. phi stands before the text's own BOS token."""
-    return torch.cat([phi.to(embeds.dtype).expand(len(embeds), -1, -1), embeds], dim=1)
+    """Return phi (p,D) followed by embeds (B,T,D), as (B,p+T,D).
+
+    This is the definition; training uses `prompt_kv`, the same function at a lower cost.
+    """
+    phi = phi.to(embeds.dtype).expand(len(embeds), -1, -1)  # (B,p,D)
+    return torch.cat([phi, embeds], dim=1)
 
 
 def prompt_kv(model, phi):
-    """phi (p,D) -> each layer's keys and values (1,G,p,d), with gradient: what the model needs to know of phi.
+    """Return each layer's keys and values of phi (p,D), (1,G,p,d), with gradient: a `prefix`.
 
-    Attention is causal, so phi never sees the text, and its keys and values are the same for every example. Computing
-    them once, a step costs p + B*T tokens and not B*(p+T): with p=30, B=32, T=48 that is 1,566 in place of 2,496.
+    Attention is causal, so phi never sees the text, and its keys and values are the same for every
+    example. Computed once per step they cost p tokens instead of B*p: with p = 30, B = 32, T = 48
+    a step processes 1,566 tokens instead of 2,496.
     """
-    phi = phi.to(model.embed_tokens.weight.dtype)[None]  # (1,p,D)
-    nowhere = torch.tensor([0], device=phi.device)  # of the last layer only keys and values are wanted: one query will do
-    return model.hidden(phi, nowhere)[1]
+    embeds = phi.to(model.embed_tokens.weight.dtype)[None]  # (1,p,D)
+    first = torch.zeros(1, dtype=torch.long, device=phi.device)
+    _, prefix = model.hidden(embeds, answer_pos=first)  # the last layer computes one query only
+    return prefix
 
 
-def save_prompt(phi, dir, encoder=None, base=""):
-    """Writes phi (p,D) as an adapter that PEFT loads as P-tuning; the encoder's weights go beside it."""
+def mean_over(values, part):
+    """Return the mean of values (B,) where part (B,) is True, and 0 where it is nowhere True.
+
+    Never NaN: on SST-2, 38 % of the paper's batches hold no forget example.
+    """
+    part = part.to(values.dtype)
+    return (values * part).sum() / part.sum().clamp(min=1)
+
+
+def cross_entropy(logits, y, part):
+    """Return the mean over `part` of -log h(y|x), in float32.
+
+    logits (B,V), y (B,) tokens, part (B,) bool.
+    """
+    return mean_over(F.cross_entropy(logits.float(), y, reduction="none"), part)
+
+
+def kl_divergence(logits, base_logprobs, part):
+    """Return the mean over `part` of KL(h(phi,x) || h(x)), in float32.
+
+    logits (B,V) with the prompt, base_logprobs (B,V) without it, part (B,) bool.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    divergence = (logprobs.exp() * (logprobs - base_logprobs.float())).sum(-1)  # (B,)
+    return mean_over(divergence, part)
+
+
+def spul_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+    """Return the loss L of Eq. (5) and its parts {"L_f", "L_r", "L_kl"}.
+
+    logits         (B,V)  h(phi, x) at the answer position, with gradient
+    base_logprobs  (B,V)  log h(x), without the prompt
+    y              (B,)   target tokens: a random generic answer for a forget example, the true
+                          answer for a retain example
+    is_forget      (B,)   bool
+
+    Each part is the mean over its examples, and 0 when the batch holds none of them. (paper: sums
+    over D_f and D_r; released code: means, as here. With means, a forget example of SST-2 weighs
+    about 30 times as much as a retain example.)
+    """
+    is_retain = ~is_forget
+    L_f = cross_entropy(logits, y, is_forget)               # Eq. (2)
+    L_r = cross_entropy(logits, y, is_retain)               # Eq. (3)
+    L_kl = kl_divergence(logits, base_logprobs, is_retain)  # Eq. (4); released code: KL(h(x)||..)
+    loss = L_f + alpha * L_r + beta * L_kl                  # Eq. (5)
+    return loss, {"L_f": L_f, "L_r": L_r, "L_kl": L_kl}
+
+
+# ---- support: files in PEFT's format -----------------------------------------------------------
+
+def save_prompt(phi, dir, base=""):
+    """Write phi (p,D) to dir as an adapter that PEFT loads as P-tuning. base: the model's name."""
+    p, D = phi.shape
     write_tensors(Path(dir) / "adapter_model.safetensors", {"prompt_embeddings": phi.float()})
-    if encoder:
-        write_tensors(Path(dir) / "encoder.safetensors", encoder.state_dict())
     write_json(Path(dir) / "adapter_config.json", {
-        "peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
-        "num_virtual_tokens": phi.shape[0], "token_dim": phi.shape[1], "num_transformer_submodules": 1,
-        "encoder_reparameterization_type": "MLP",
-        "encoder_hidden_size": encoder.mlp_head[0].out_features if encoder else 128})
+        "peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "inference_mode": True, "num_virtual_tokens": p, "token_dim": D,
+        "num_transformer_submodules": 1, "encoder_reparameterization_type": "MLP",
+        "encoder_hidden_size": 128})
 
 
 def load_prompt(dir, D=None):
-    """-> phi (p,D) from what `save_prompt` or PEFT (P-tuning or prompt tuning) wrote. ValueError or OSError otherwise."""
-    raw, tensors = read_adapter(dir, ("P_TUNING", "PROMPT_TUNING"), "a soft prompt as PEFT writes it")
-    check_shapes(dir, tensors, {"prompt_embeddings": (raw.get("num_virtual_tokens"), D or raw.get("token_dim"))})
-    return tensors["prompt_embeddings"][1]().float()
+    """Return phi (p,D), float32, as `save_prompt` or PEFT (P-tuning, prompt tuning) wrote it.
 
-
-def load_encoder(dir):
-    """-> the PromptEncoder that `save_prompt` put beside phi, so that training can go on."""
-    path = Path(dir) / "encoder.safetensors"
-    tensors = {name: load() for name, (_, load) in read_tensors(path).items()}
-    with reading(path, "the weights of a prompt encoder; train it anew"):
-        encoder = PromptEncoder(*tensors["embedding.weight"].shape, len(tensors["mlp_head.0.weight"]))
-        encoder.load_state_dict(tensors)
-    return encoder
+    D: the width it must have. InputError if the files do not fit.
+    """
+    config, file = read_adapter(dir, ("P_TUNING", "PROMPT_TUNING"))
+    shape = (config.get("num_virtual_tokens"), D or config.get("token_dim"))
+    check_shapes(dir, file.shapes, {"prompt_embeddings": shape})
+    return file.read("prompt_embeddings").float()

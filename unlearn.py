@@ -1,23 +1,20 @@
-"""SPUL: a soft prompt that makes a language model unlearn. Karuna Bhaila, Minh-Hao Van, Xintao Wu, NAACL 2025.
+"""SPUL: soft prompting for unlearning (Bhaila, Van, Wu, NAACL 2025): the training program.
 
-    python unlearn.py                                                            the embedded toy, on the CPU
+    python unlearn.py                                          the embedded toy, on the CPU
     python unlearn.py --model DIR --dataset sst2 --data-dir DIR --method spul ga     the real thing
 
-In reading order: the loss (Section 3), the methods, the one training loop, the three stages that use it (pretraining the
-embedded LM, QLoRA, unlearning), the grid, the command line.
+For each seed the base model first learns the data (QLoRA); then each method, starting from that
+base model, unlearns the forget set. The loss of Eq. (5) is in soft_prompt.py.
 """
-import argparse
 import copy
-import csv
-import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -25,670 +22,665 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 
-import baselines
 import data
 import evaluate
-from baselines import cross_entropy, kl_divergence
+from baselines import ga_gd_loss, ga_kl_loss, ga_loss, rl_loss
+from evaluate import is_rank_zero, my_share
 from lora import add_lora, load_adapter, merge_lora, save_adapter
-from model import (Config, build, check_device, fast_bf16, read_json, reading, save_model, sweep, tie, whole,
-                   write_json)
-from soft_prompt import PromptEncoder, prompt_kv, save_prompt
-
-
-# --------------------------------------------------------------------------------------------------- the loss
-
-def spul_loss(logits, base_logprobs, y, is_forget, alpha, beta, kl_direction="prompted||base"):
-    """L = L_f + alpha L_r + beta L_KL, Eq. (5).
-
-    logits         (B,V)  h(phi, x) at the answer, with gradient
-    base_logprobs  (B,V)  log h(x), without the prompt
-    y              (B,)   tokens (int64); forget: a random generic answer; retain: the true one
-    is_forget      (B,)   bool
-    -> scalar loss, {"L_f", "L_r", "L_kl"}; each part is a mean over its examples of the batch, and 0 if there are none.
-    """
-    L_f = cross_entropy(logits, y, is_forget)                                   # Eq. (2)
-    L_r = cross_entropy(logits, y, ~is_forget)                                  # Eq. (3)
-    L_kl = kl_divergence(logits, base_logprobs, ~is_forget, kl_direction)       # Eq. (4)
-    return L_f + alpha * L_r + beta * L_kl, {"L_f": L_f, "L_r": L_r, "L_kl": L_kl}
+from model import (Config, InputError, atomic_write, build, check_device, fast_bf16, read_json,
+                   save_model, tie_head, write_json)
+from soft_prompt import PromptEncoder, cross_entropy, prompt_kv, save_prompt, spul_loss
 
 
 class Method(NamedTuple):
-    """A way to unlearn. One of your own is one loss and one entry below."""
-    loss: Callable
-    forget_answer: str        # what y holds on the forget set: a generic, the true or a random answer
-    trains: str               # "prompt" or "weights"
-    flags: tuple              # which of alpha, beta and p its result depends on
-    sees_retain: bool = True
+    """A way to train. A method of your own is one loss and one entry in METHODS."""
+    loss: Callable             # (logits, base_logprobs, y, is_forget, alpha, beta) -> loss, parts
+    forget_answer: str         # y of a forget example: "generic" (random) or "true"
+    trains: str                # "prompt" (phi), "weights" (all; --tune lora: the adapter)
+    flags: tuple = ()          # which of alpha and beta the loss uses
+    sees_retain: bool = True   # False: only forget examples are in the batches
+    needs_base: bool = False   # True: the loss gets base_logprobs, else None
 
 
 METHODS = {
-    "spul": Method(spul_loss, "generic", "prompt", ("alpha", "beta", "p")),
-    "ga": Method(baselines.ga_loss, "true", "weights", (), sees_retain=False),
-    "rl": Method(baselines.rl_loss, "random", "weights", (), sees_retain=False),
-    "ga+kl": Method(baselines.ga_kl_loss, "true", "weights", ("beta",)),
-    "ga+gd": Method(baselines.ga_gd_loss, "true", "weights", ("alpha",)),
+    "spul": Method(spul_loss, "generic", "prompt", ("alpha", "beta"), needs_base=True),
+    "ga": Method(ga_loss, "true", "weights", sees_retain=False),
+    "rl": Method(rl_loss, "generic", "weights", sees_retain=False),
+    "ga+kl": Method(ga_kl_loss, "true", "weights", ("beta",), needs_base=True),
+    "ga+gd": Method(ga_gd_loss, "true", "weights", ("alpha",)),
 }
 
 
-# ------------------------------------------------------------------------------------------ the training loop
-
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over the first `warmup` of the steps, then a cosine down to 0."""
-    first = max(1, round(warmup * steps))
-    if step < first:
-        return peak * (step + 1) / first
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+def qlora_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+    """Cross-entropy of every example towards its true answer: how the base model learns."""
+    L_ce = cross_entropy(logits, y, torch.ones_like(is_forget))
+    return L_ce, {"L_ce": L_ce}
 
 
-def train(stage, params, batches, loss_of, epochs, lr, run, seed=0, warmup=0.1, clip=0.3, accumulate=1,
-          state=None, fingerprint=""):
-    """The one training loop, of pretraining, QLoRA, SPUL and every baseline.
+QLORA = Method(qlora_loss, "true", "adapter")
 
-    params: tensors to train; batches(epoch) -> list of the epoch's batches; loss_of(batch) -> loss, parts, how many
-    tokens it holds; state: a file that keeps the last finished epoch. All randomness of an epoch follows from (seed,
-    stage, epoch), so a run that was cut off goes on from that file to the very same numbers.
-    -> {"epochs", "seconds_per_epoch", "tokens_per_second"}. ValueError at a loss or gradient that is not finite.
+
+# ---- the training loop -------------------------------------------------------------------------
+
+def train(cell, method, model, encoder, prompts, answers, base, args, run):
+    """Train phi's encoder, the adapter or all weights: the one loop of QLoRA, SPUL and baselines.
+
+    encoder: PromptEncoder, or None to train the model's own trainable parameters. answers: target
+    token of each prompt. base: the base model's lm_head and states (n,D), or None. An interrupted
+    run resumes from its last finished epoch. Returns the time and size figures of the row.
     """
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.001, fused=True)
-    steps_per_epoch = -(-len(batches(0)) // accumulate)
-    done, seconds, tokens = restore(state, fingerprint, params, optimizer)
-    step, steps = done * steps_per_epoch, epochs * steps_per_epoch
-    run.rewind(stage, step)
-    for epoch in range(done, epochs):
-        torch.manual_seed(derived_seed(seed, stage, epoch))
-        todo = batches(epoch)
-        for start in range(0, len(todo), accumulate):
-            began = time.perf_counter()
-            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, steps, lr, warmup)
-            for batch in todo[start:start + accumulate]:
-                loss, parts, n = loss_of(batch)
-                (loss / accumulate).backward()
-                tokens += n
+    params = [w for w in (encoder or model).parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=cell["lr"], betas=(0.9, cell["settings"]["beta2"]),
+                                  weight_decay=0.001)
+    epochs = cell["settings"]["epochs"]
+    first_epoch, seconds = load_checkpoint(run, cell, params, optimizer)
+    for epoch in range(first_epoch, epochs):
+        torch.manual_seed(derive_seed(cell, epoch))
+        batches = make_batches(prompts, cell, method, epoch, args)
+        for i, step_index in enumerate(batches):
+            start = time.perf_counter()
+            step, steps = epoch * len(batches) + i, epochs * len(batches)
+            set_learning_rate(optimizer, step, steps, cell["lr"], method)
+            for index in split_step(step_index, args.batch):
+                batch = share_of_process(data.collate(prompts, answers, index, args.device))
+                base_logprobs = gather_base_logprobs(base, batch.index)             # (B,V)
+                prefix = prompt_kv(model, encoder()) if encoder else None
+                with autocast(model, args):
+                    logits = model(batch.tokens, batch.answer_pos, prefix)          # (B,V)
+                logits = scale_gradient(logits, batch.is_forget, step_index, prompts)
+                loss, parts = method.loss(logits, base_logprobs, batch.y, batch.is_forget,
+                                          cell["alpha"], cell["beta"])
+                loss.backward()
             sum_gradients(params)
-            norm, step = whole_tensor(torch.nn.utils.clip_grad_norm_(params, clip)), step + 1
-            if not (loss.isfinite() & norm.isfinite()):  # no such step reaches the weights, nor what `keep` writes
-                raise ValueError(f"{stage}: at step {step} the loss is {loss.item():g}, its gradient {norm.item():g} long; "
-                                 f"lower the learning rate (the last finished epoch is kept in {run.dir})")
+            clip_gradient(params, args.clip, loss, run, cell)
             optimizer.step()
             optimizer.zero_grad()
-            took = time.perf_counter() - began
+            took = time.perf_counter() - start
             seconds += took
-            run.log(stage, f"{epoch + 1}/{epochs}", step, steps, loss, parts, rate, took)
-        keep(state, fingerprint, params, optimizer, epoch + 1, seconds, tokens)
-    return {"epochs": epochs, "seconds_per_epoch": round(seconds / max(1, epochs), 3),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9))}
+            run.log(cell, epoch, step, steps, loss, parts, took)
+        save_checkpoint(run, cell, params, optimizer, epoch + 1, seconds)
+    return {"epochs": epochs, "seconds_per_epoch": round(seconds / epochs, 3),
+            "trainable_params": sum(w.numel() for w in params)}
 
 
-def derived_seed(*parts):
-    """A seed that follows from the parts alone."""
-    return int(fingerprint_of(parts), 16) % 2 ** 31
+def set_learning_rate(optimizer, step, steps, peak, method):
+    """Linear warm-up over 10 % of the steps (5 % unless a prompt is trained), then a cosine."""
+    warmup = max(1, round((0.1 if method.trains == "prompt" else 0.05) * steps))
+    if step < warmup:
+        factor = (step + 1) / warmup
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    optimizer.param_groups[0]["lr"] = peak * factor
+
+
+def make_batches(prompts, cell, method, epoch, args):
+    """Return the prompt indices of each step of an epoch, batch * accumulate of them per step."""
+    forget_per_batch = cell["settings"]["forget_per_batch"] if method.sees_retain else 0
+    rng = data.generator(f"{cell['seed']}/{epoch}", cell["cell"])
+    return data.epoch_batches(prompts, args.batch * args.accumulate, rng,
+                              forget_per_batch * args.accumulate)
+
+
+def split_step(step_index, batch):
+    """Return the indices of a step as micro-batches of at most `batch`."""
+    return [step_index[i:i + batch] for i in range(0, len(step_index), batch)]
+
+
+def scale_gradient(logits, is_forget, step_index, prompts):
+    """Return logits (B,V) unchanged, with each example's gradient scaled to its weight in the step.
+
+    A loss is a mean over the forget or the retain examples of a micro-batch. The objective is the
+    mean over those of the whole step, in all its micro-batches and processes.
+    """
+    step_forget = sum(prompts[i].is_forget for i in step_index)
+    step_retain = len(step_index) - step_forget
+    forget_share = is_forget.sum() / max(1, step_forget)
+    retain_share = (~is_forget).sum() / max(1, step_retain)
+    share = torch.where(is_forget, forget_share, retain_share)[:, None]  # (B,1)
+    return share * logits + ((1 - share) * logits).detach()
+
+
+@torch.no_grad()
+def gather_base_logprobs(base, index):
+    """Return log h(x) (B,V) of these prompts from the base's states, which never change."""
+    if base is None:
+        return None
+    lm_head, states = base
+    return lm_head(states[index]).float().log_softmax(-1)
 
 
 def autocast(model, args):
-    """bf16 compute over float32 weights, where --dtype bf16 meets weights that are trained."""
+    """Compute in bf16 over float32 weights, where --dtype bf16 meets weights that are trained."""
+    is_fp32 = model.lm_head.weight.dtype == torch.float32
     return torch.autocast(args.device.split(":")[0], torch.bfloat16,
-                          enabled=args.dtype == "bf16" and model.lm_head.weight.dtype == torch.float32)
+                          enabled=args.dtype == "bf16" and is_fp32)
 
 
-# ------------------------------------------------------------------------- what a run leaves behind, and finds again
-
-def fingerprint_of(*what):
-    """A short hash of numbers, strings, lists and dicts: a file made from other ones is stale."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def keep(state, fingerprint, params, optimizer, epoch, seconds, tokens):
-    """Writes all that training needs to go on after `epoch`."""
-    if state and is_main():
-        with whole(state) as part:
-            torch.save({"fingerprint": fingerprint, "epoch": epoch, "seconds": seconds, "tokens": tokens,
-                        "params": [w.detach() for w in params], "optimizer": optimizer.state_dict()}, part)
+def clip_gradient(params, clip, loss, run, cell):
+    """Clip the gradient's norm. InputError when the loss or the norm is not finite."""
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, clip))
+    if not (loss.isfinite() and norm.isfinite()):
+        raise InputError(f"{cell['cell']}: loss {loss.item():g}, gradient norm {norm.item():g}; "
+                         f"lower the learning rate (the last finished epoch is in {run.dir})")
 
 
-def restore(state, fingerprint, params, optimizer):
-    """Puts back what `keep` wrote, if it is there and was made by the same settings. -> epochs done, seconds, tokens"""
-    if not state or not Path(state).is_file():
-        return 0, 0.0, 0
-    with reading(state, "this run's training state; delete it to start this stage anew"):
-        saved = torch.load(state, weights_only=True, map_location=params[0].device)
-        if saved["fingerprint"] != fingerprint:
-            print(f"{state} was made with other settings; this stage starts anew")
-            return 0, 0.0, 0
-        for w, kept in zip(params, saved["params"], strict=True):
-            w.data.copy_(kept.view_as(w))
-        optimizer.load_state_dict(saved["optimizer"])
-        print(f"going on after epoch {saved['epoch']}, from {state}")
-        return int(saved["epoch"]), float(saved["seconds"]), int(saved["tokens"])
+# ---- one cell: the base model, or one method with one setting ----------------------------------
+
+def run_cell(point, method, setup, args, run):
+    """Train one cell from setup.model, save and evaluate it. Returns its row, finished or new.
+
+    point: the cell's method name, lr, alpha, beta, p and forget_fraction.
+    """
+    cell = make_cell(setup, args, method, **point)
+    row = run.find(cell)
+    if row:
+        return row
+    torch.manual_seed(derive_seed(cell, "initial values"))
+    seen = choose_seen(method, setup, cell)
+    prompts = [train_prompts(setup)[i] for i in seen]
+    answers = choose_answers(method, setup, seen)
+    base = gather_base(setup, seen, args) if method.needs_base else None
+    model, encoder = make_trainable(method, setup, cell, args)
+    cell |= train(cell, method, model, encoder, prompts, answers, base, args, run)
+    model = unshard(model).requires_grad_(False).eval()
+    with torch.no_grad():
+        phi = encoder() if encoder else None
+        prefix = prompt_kv(model, phi) if encoder else None
+    cell["files"] = run.directory(method.trains, cell)
+    save_result(model, phi, method, run.dir / cell["files"], setup.lm, args)
+    if method is QLORA:
+        evaluate.merge_dense(model, args)
+    states = evaluate.split_states(model, setup.prompts, prefix, args.device)
+    row = run.finish(cell, evaluate.scores(model, states, setup.prompts))
+    if method is not QLORA:
+        answers = evaluate.predict(model, states["train_forget"])
+        print(evaluate.worst_groups(answers, setup.prompts["train_forget"]))
+    return row
 
 
-COLUMNS = ("stage", "epoch", "step", "loss", "L_f", "L_r", "L_kl", "lr", "ms")
+def train_prompts(setup):
+    """Return the retain prompts, then the forget prompts, of the train set."""
+    return setup.prompts["train_retain"] + setup.prompts["train_forget"]
+
+
+def choose_seen(method, setup, cell):
+    """Return the indices of the train prompts that training sees: `forget_fraction` of D_f."""
+    n_retain = len(setup.prompts["train_retain"])
+    n_forget = len(setup.prompts["train_forget"])
+    retain = list(range(n_retain)) if method.sees_retain else []
+    if method is QLORA and setup.base == "retain":
+        return retain
+    forget = list(range(n_retain, n_retain + n_forget))
+    data.generator(setup.seed, "forget fraction").shuffle(forget)
+    fraction = cell["forget_fraction"] or 1.0
+    return retain + sorted(forget[:max(1, round(fraction * n_forget))])
+
+
+def choose_answers(method, setup, seen):
+    """Return y of each seen prompt: the true token, or a random generic one on the forget set."""
+    if method.forget_answer not in ("generic", "true"):
+        raise ValueError(f"forget_answer {method.forget_answer!r}; expected 'generic' or 'true'")
+    rng = data.generator(setup.seed, "generic answers")  # released code: unseeded
+    generic = [setup.tokens[label] for label in setup.task.generic]
+    answers = []
+    for prompt in train_prompts(setup):
+        is_generic = prompt.is_forget and method.forget_answer == "generic"
+        answers.append(rng.choice(generic) if is_generic else prompt.label)
+    return [answers[i] for i in seen]
+
+
+def gather_base(setup, seen, args):
+    """Return the base's lm_head and its states (n,D) at the answers of the seen prompts."""
+    if setup.states is None:
+        setup.states = evaluate.split_states(setup.model, setup.prompts, None, args.device)
+    states = torch.cat([setup.states["train_retain"], setup.states["train_forget"]])
+    return setup.model.lm_head, states[seen]
+
+
+def make_trainable(method, setup, cell, args):
+    """Return the model to run and the PromptEncoder to train (None: the model itself trains)."""
+    model = setup.model
+    if method.trains == "prompt":
+        init = initial_phi(setup, cell, args)
+        encoder = PromptEncoder(cell["p"], model.config.hidden_size, args.hidden, init)
+        return model, encoder.to(args.device)
+    if method is QLORA:
+        add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
+        return model.train(), None
+    tuned = copy.deepcopy(model)
+    if args.tune == "full":
+        return shard(merge_lora(tuned, torch.float32).requires_grad_(True)), None
+    for name, w in tuned.named_parameters():
+        w.requires_grad_("lora_" in name)
+    return tuned, None
+
+
+def initial_phi(setup, cell, args):
+    """Return the embeddings (p,D) of tokens at which phi starts, or None with --init mlp (paper).
+
+    --init forget: the tokens most typical of forget examples, by the ratio of the number of forget
+    and retain examples that hold them; --init vocab: random tokens.
+    """
+    p, embeddings = cell["p"], setup.model.embed_tokens.weight
+    if args.init == "mlp":
+        return None
+    if args.init == "vocab":
+        tokens = data.generator(setup.seed, "initial phi").choices(range(len(embeddings)), k=p)
+        return embeddings[tokens]
+    forget, retain = Counter(), Counter()
+    for prompt in setup.prompts["train_forget"]:
+        forget.update(set(prompt.ids))
+    for prompt in setup.prompts["train_retain"]:
+        retain.update(set(prompt.ids))
+    typical = sorted(forget, key=lambda token: forget[token] / (1 + retain[token]), reverse=True)
+    tokens = (typical * p)[:p]  # repeated if there are fewer than p
+    return embeddings[tokens]
+
+
+def save_result(model, phi, method, dir, lm, args):
+    """Write what a cell trained: phi, the adapter or all weights."""
+    if not is_rank_zero():
+        return
+    if phi is not None:
+        save_prompt(phi, dir, lm)
+    elif method is QLORA or args.tune == "lora":
+        save_adapter(model, dir, lm)
+    else:
+        save_model(model, dir)
+
+
+def prepare(seed, base, args, run):
+    """Return the Setup of one seed: its data and its base model, trained or from a finished run."""
+    lm = args.model or pretrain_toy(args)
+    setup = evaluate.load_data(args, seed, lm)
+    setup.base, setup.model = base, evaluate.load_base(lm, args)
+    vanilla = make_cell(setup, args, None, "vanilla")
+    if not run.find(vanilla):
+        states = evaluate.split_states(setup.model, setup.prompts, None, args.device)
+        run.finish(vanilla, evaluate.scores(setup.model, states, setup.prompts))
+    row = run_cell({"name": "qlora", "lr": args.qlora_lr}, QLORA, setup, args, run)
+    if base == "full":
+        evaluate.check_learned(row, setup.prompts)
+    setup.model = evaluate.load_base(lm, args, run.dir / row["files"])
+    return setup
+
+
+def grid(args):
+    """Return every combination of the list-valued flags that matters to each method, as dicts."""
+    points = []
+    for name in args.method:
+        method = METHODS[name]
+        is_prompt = method.trains == "prompt"
+        rates = args.lr if is_prompt else args.baseline_lr
+        rates = rates or [BASELINE_LR[args.preset].get(name, 1e-5)]
+        lengths = args.p if is_prompt else [None]
+        alphas = args.alpha if "alpha" in method.flags else [None]
+        betas = args.beta if "beta" in method.flags else [None]
+        for values in itertools.product(args.forget_fraction, rates, alphas, betas, lengths):
+            keys = ("forget_fraction", "lr", "alpha", "beta", "p")
+            points.append({"name": name} | dict(zip(keys, values)))
+    return points
+
+
+def main(argv=None):
+    """Train, print and write every cell of the grid."""
+    args = parse(argv)
+    start_processes(args)
+    run, start = Run(args.out, args), time.perf_counter()
+    for seed, base in itertools.product(args.seed, args.base):
+        setup = prepare(seed, base, args, run)
+        for point in grid(args):
+            run_cell(point, METHODS[point["name"]], setup, args, run)
+    seconds = time.perf_counter() - start
+    print(f"\n{evaluate.table(run.rows)}\n\n{run.results}, after {seconds:.0f} s")
+    if args.explain and is_rank_zero():
+        evaluate.explain(run.dir)
+    stop_processes()
+
+
+# ---- the embedded toy LM -----------------------------------------------------------------------
+
+TOY_LM = {"vocab_size": 1000, "D": 128, "layers": 4, "heads": 4, "steps": 500, "batch": 32,
+          "lr": 2e-3, "lists": 0.35, "text_weight": 0.1}
+
+
+def pretrain_toy(args):
+    """Return the directory of the toy LM, pretrained from scratch unless the cache holds it.
+
+    It knows nothing about any seed's forget set, so all seeds share it.
+    """
+    dir = Path(args.cache) / "lm-toy"
+    recipe = dir / "recipe.json"
+    if recipe.is_file() and read_json(recipe, "the toy LM's settings") == TOY_LM:
+        return dir
+    if torch.distributed.is_initialized():
+        raise InputError(f"{dir}: no toy LM yet; run once without torchrun to pretrain it")
+    torch.manual_seed(0)
+    train_tokenizer(dir / "tokenizer.model")
+    tokenizer = data.load_tokenizer(dir)
+    model = build_toy(tokenizer.size).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.001)
+    steps, start = TOY_LM["steps"], time.perf_counter()
+    batches = data.pretraining_batches(tokenizer, TOY_LM)
+    for step in range(steps):
+        tokens, weights = next(batches)                                     # (B,T), (B,T)
+        target, weights = tokens[:, 1:].to(args.device), weights[:, 1:].to(args.device)
+        state, _ = model.hidden(tokens[:, :-1].to(args.device))             # (B,T-1,D)
+        logits = model.lm_head(state[weights > 0])                          # (N,V): what counts
+        losses = F.cross_entropy(logits, target[weights > 0], reduction="none")
+        loss = (losses * weights[weights > 0]).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        set_learning_rate(optimizer, step, steps, TOY_LM["lr"], QLORA)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 100 == 0:
+            seconds = time.perf_counter() - start
+            print(f"toy LM  step {step + 1}/{steps}  loss {loss:.3f}  {seconds:.0f} s", flush=True)
+    save_model(model, dir)
+    write_json(recipe, TOY_LM)
+    return dir
+
+
+def train_tokenizer(path):
+    """Write a sentencepiece model of whole words for the toy's reviews."""
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(data.tokenizer_sentences()), model_writer=buffer,
+        model_type="word", vocab_size=TOY_LM["vocab_size"], hard_vocab_limit=False,
+        use_all_vocab=True, minloglevel=2, num_threads=1)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def build_toy(vocab_size):
+    """Return the toy LM, a small LLaMA with random weights."""
+    D, heads = TOY_LM["D"], TOY_LM["heads"]
+    model = build(Config("llama", vocab_size, D, int(D * 2.75) // 16 * 16, TOY_LM["layers"], heads,
+                         heads, D // heads, max_position_embeddings=1024, rms_norm_eps=1e-5))
+    for name, w in model.named_parameters():
+        if w.dim() > 1:  # large embeddings: words that pretraining never asks for stay in reach
+            is_embedding = name.startswith(("embed", "lm_head"))
+            torch.nn.init.normal_(w, 0.0, D ** -0.5 if is_embedding else 0.06)
+    return model
+
+
+# ---- support: what a run leaves behind ---------------------------------------------------------
+
+BASE_SETTINGS = ("model dataset weights dtype dense tune max_len max_train max_test labels generic "
+                 "template batch accumulate clip rank lora_alpha lora_dropout targets qlora_lr "
+                 "qlora_epochs").split()
+PROMPT_SETTINGS = "epochs hidden init beta2 forget_per_batch".split()
+
+
+def make_cell(setup, args, method, name, lr=None, alpha=None, beta=None, p=None,
+              forget_fraction=None):
+    """Return a row of results.json without its results: a unique name and all of its settings."""
+    settings = {key: getattr(args, key) for key in BASE_SETTINGS}
+    settings |= {"epochs": args.qlora_epochs, "beta2": 0.999, "forget_per_batch": 0}
+    base = setup.base if method else None
+    cell = f"{name}-{base}-s{setup.seed}" if base else f"{name}-s{setup.seed}"
+    if name in METHODS:
+        settings |= {key: getattr(args, key) for key in PROMPT_SETTINGS}
+        if method.trains != "prompt":
+            settings |= {"epochs": args.baseline_epochs, "beta2": 0.999}
+        marks = {"f": forget_fraction, "lr": lr, "a": alpha, "b": beta, "p": p}
+        for letter, value in marks.items():
+            cell += f"-{letter}{value:g}" if value is not None else ""
+    return {"cell": cell, "method": name, "base": base, "model": args.model or "toy",
+            "lm": setup.lm, "dataset": args.dataset, "seed": setup.seed, "alpha": alpha,
+            "beta": beta, "p": p, "lr": lr, "forget_fraction": forget_fraction, "files": None,
+            "trainable_params": 0, "epochs": 0, "seconds_per_epoch": 0.0, "settings": settings}
 
 
 class Run:
-    """A run directory: args.json, log.csv, adapter/, prompt/ and results.json, whose rows survive what comes after.
-
-    A row of results.json is a cell: vanilla, QLoRA or one point of the grid, for one seed. `files` in it names the
-    directory, of its adapter, prompt or weights.
-    """
+    """A run directory: args.json, log.csv, results.json, and the files of each row."""
 
     def __init__(self, dir, args):
-        self.dir, self.every, self.cells = Path(dir), args.log_every, {}
-        self.args, self.factors = vars(args), {}  # factors: of L_r and L_kl, for the log line
+        self.dir, self.args = Path(dir), args
         self.results = self.dir / "results.json"
-        if self.results.is_file():
-            self.cells = {row["cell"]: row for row in evaluate.read_results(dir)}
-        if is_main():
-            sweep(self.dir)
-            write_json(self.dir / "args.json", self.args)
+        self.rows = evaluate.read_rows([dir]) if self.results.is_file() else []
+        if is_rank_zero():
+            write_json(self.dir / "args.json", vars(args))
 
-    def rewind(self, stage, step):
-        """Drops what log.csv holds of this stage after `step`, of an epoch cut off or of other settings, and a torn row."""
-        if is_main():
-            (self.dir / "log.csv").touch()
-            with open(self.dir / "log.csv", newline="", errors="replace") as f:
-                rows = [row for row in csv.reader(f) if len(row) == len(COLUMNS)]
-            with whole(self.dir / "log.csv") as part, open(part, "w", newline="") as f:
-                csv.writer(f).writerows([row for row in rows if row[0] != stage or int(row[2]) <= step] or [COLUMNS])
+    def find(self, cell):
+        """Return the finished row of this cell, or None. InputError if its settings differ."""
+        for row in self.rows:
+            if row["cell"] == cell["cell"]:
+                old, new = row["settings"], cell["settings"]
+                changed = [key for key in new if old.get(key) != new[key]]
+                if changed:
+                    raise InputError(f"{self.results}: {row['cell']} was made with {changed[0]} "
+                                     f"{old.get(changed[0])}, now it is {new[changed[0]]}; give "
+                                     "another --out to keep both")
+                return row
+        return None
 
-    def log(self, stage, epoch, step, steps, loss, parts, lr, seconds):
-        """One line of log.csv for each step, and of the screen every so often."""
-        if not is_main():
+    def finish(self, cell, scores):
+        """Add a row to results.json and print it. Returns the row."""
+        row = cell | scores
+        self.rows.append(row)
+        if is_rank_zero():
+            write_json(self.results, {"args": vars(self.args), "rows": self.rows})
+            self.checkpoint(cell).unlink(missing_ok=True)
+        print(evaluate.table([row]), flush=True)
+        return row
+
+    def directory(self, kind, cell):
+        """Return the directory for a cell's files: `kind` if it is free, else kind-CELL."""
+        taken = [row["files"] for row in self.rows]
+        return f"{kind}-{cell['cell']}" if kind in taken else kind
+
+    def checkpoint(self, cell):
+        """Return the path of a cell's training state."""
+        return self.dir / f"state-{cell['cell']}.pt"
+
+    def log(self, cell, epoch, step, steps, loss, parts, seconds):
+        """Add a line to log.csv, and every 50 steps one to the screen."""
+        if not is_rank_zero():
             return
-        losses = {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}}
-        with open(self.dir / "log.csv", "a", newline="") as f:
-            csv.DictWriter(f, COLUMNS, extrasaction="ignore").writerow({
-                "stage": stage, "epoch": epoch, "step": step, **{k: f"{v:.6g}" for k, v in losses.items()},
-                "lr": f"{lr:.3e}", "ms": f"{1000 * seconds:.0f}"})
-        if step % self.every == 0 or step == steps:
-            terms = " + ".join(f"{self.factors[k]:g} {k} {losses[k]:.3f}" if k in self.factors else f"{k} {losses[k]:.3f}"
-                               for k in parts)
-            left = seconds * (steps - step)
-            print(f"{stage}  epoch {epoch}  step {step}/{steps}  loss {losses['loss']:.3f} = {terms}  lr {lr:.1e}  "
-                  f"{1000 * seconds:.0f} ms  eta {int(left // 60)}m{int(left % 60):02d}s", flush=True)
-
-    def finish(self, cell, fingerprint, row):
-        """Adds a row to results.json."""
-        self.cells[cell] = {"cell": cell, "fingerprint": fingerprint, **row}
-        self.write()
-
-    def write(self):
-        """Writes results.json; then the training states of its rows have served."""
-        if is_main():
-            write_json(self.results, {"args": self.args, "rows": list(self.cells.values())})
-            for cell in self.cells:
-                (self.dir / f"state-{cell}.pt").unlink(missing_ok=True)
-
-    def finished(self, cell, fingerprint):
-        """The row of this cell, if an earlier run with the same settings has it; a row of other settings is dropped."""
-        row = self.cells.get(cell)
-        if row and row.get("fingerprint") != fingerprint:
-            for key, other in list(self.cells.items()):  # with Vanilla goes its seed: all rows stand on the same base model
-                if key == cell or row["method"] == "vanilla" and other.get("seed") == row.get("seed"):
-                    print(f"{key} in {self.results} was made with other settings; its row is dropped")
-                    del self.cells[key]
-            self.write()  # before its files are written anew: a row and files that do not belong together never meet
-        return self.cells.get(cell)
-
-    def place(self, kind, cell):
-        """The directory for a cell's prompt, adapter or weights: RUN/kind, or RUN/kind-CELL when that is taken."""
-        taken = any(row.get("files") == kind for key, row in self.cells.items() if key != cell)
-        return self.dir / (f"{kind}-{cell}" if taken else kind)
+        terms = {name: f"{part.item():.4f}" for name, part in parts.items()}
+        columns = [cell["cell"], epoch + 1, step + 1, f"{loss.item():.6g}", terms.get("L_f", ""),
+                   terms.get("L_r", ""), terms.get("L_kl", ""), f"{seconds:.3f}"]
+        path = self.dir / "log.csv"
+        header = "" if path.is_file() else "stage,epoch,step,loss,L_f,L_r,L_kl,seconds\n"
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(header + ",".join(str(column) for column in columns) + "\n")
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            minutes = seconds * (steps - step - 1) / 60
+            shown = "  ".join(f"{name} {value}" for name, value in terms.items())
+            print(f"{cell['cell']}  epoch {epoch + 1}  step {step + 1}/{steps}  {shown}  "
+                  f"{1000 * seconds:.0f} ms  {minutes:.1f} min left", flush=True)
 
 
-# ------------------------------------------------------------------------------------------- many processes (torchrun)
-
-def is_main():
-    """Whether this process is the one that writes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+def derive_seed(cell, purpose):
+    """Return a seed that depends only on the cell and the purpose."""
+    return data.generator(cell["seed"], f"{cell['cell']}/{purpose}").randrange(2 ** 31)
 
 
-def all_rows(mine, n):
-    """This process's rows (b,V) -> every process's (n,V), of which only the own carry a gradient.
+def save_checkpoint(run, cell, params, optimizer, epoch, seconds):
+    """Write everything that training needs to resume after `epoch`."""
+    if is_rank_zero() and not is_sharded(params[0]):
+        with atomic_write(run.checkpoint(cell)) as temporary:
+            torch.save({"cell": cell, "epoch": epoch, "seconds": seconds,
+                        "params": [w.detach() for w in params],
+                        "optimizer": optimizer.state_dict()}, temporary)
 
-    So each process computes the loss of the whole batch exactly as one process alone would, and the sum of all
-    processes' gradients is the gradient; no loss needs to know that there are several.
-    """
-    if not torch.distributed.is_initialized():
-        return mine
-    rows, share = mine.new_zeros(n, *mine.shape[1:]), evaluate.my_share(n)
-    rows[share] = mine.detach()
-    torch.distributed.all_reduce(rows)
-    rows[share] = mine
-    return rows
+
+def load_checkpoint(run, cell, params, optimizer):
+    """Restore what `save_checkpoint` wrote, if it is there. Returns epochs done and seconds."""
+    path = run.checkpoint(cell)
+    if not path.is_file():
+        return 0, 0.0
+    state = torch.load(path, weights_only=True, map_location=params[0].device)
+    if state["cell"] != cell:
+        print(f"{path} has other settings; {cell['cell']} starts from its first epoch")
+        return 0, 0.0
+    for w, saved in zip(params, state["params"], strict=True):
+        w.data.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"{cell['cell']} resumes after epoch {state['epoch']}")
+    return state["epoch"], state["seconds"]
+
+
+# ---- support: flags ----------------------------------------------------------------------------
+
+# name (* takes several values), type, default of each preset (one if they agree, - is none), help
+PRESETS = ("paper", "small", "toy")
+FLAGS = """
+data
+--dataset           dataset  toy  what is learned and forgotten
+--data-dir          text     .    directory of the dataset's files
+--max-train         count    -    at most this many train examples
+--max-test          count    -    at most this many test examples
+--max-len           count    1024  256  256  tokens per prompt; longer texts are cut
+--labels*           text     -    answers, one token each
+--generic*          text     -    generic answers for the forget set
+--template          text     -    prompt with {text} and {label}
+model
+--model             text     -    LLaMA or OPT checkpoint directory (the toy: pretrained here)
+--weights           nf4|bf16|fp32  nf4  how the frozen weights are stored
+--dense             yes/no   -    unpack NF4 once (default: on a CPU, up to 2 GB of weights)
+--dtype             fp32|bf16  -  compute dtype (default: bf16 where the hardware is fast at it)
+--device            text     -    cpu or cuda (default: cuda where there is a GPU)
+--checkpointing     switch   -    recompute layers in the backward pass: less memory, more time
+base model (QLoRA)
+--base*             full|retain  full  what it learns: all, or the retain set (retrained reference)
+--rank              count    16   rank of LoRA
+--lora-alpha        float>0  64   LoRA's alpha
+--lora-dropout      0..<1    0.1  LoRA's dropout
+--targets*          text     q_proj,v_proj  all  all  linear layers that LoRA adapts, or all
+--qlora-lr          float>0  1e-4  5e-4  2e-4  learning rate
+--qlora-epochs      count    10   2    1    epochs (paper: sst2 10, yelp 2, wmdp+sciq 5)
+unlearning (flags with several values make a grid)
+--method*           method   spul  how to unlearn
+--alpha*            float>=0  1    weight of L_r, Eq. (5)
+--beta*             float>=0  0.5  1    1    weight of L_KL, Eq. (5)
+--p*                count    30   30   20   tokens of the soft prompt
+--lr*               float>0  1e-4  2e-3  5e-3  learning rate of phi
+--epochs            count    10   4    1    epochs of phi
+--baseline-lr*      float>0  -    learning rate of the baselines (default: searched)
+--baseline-epochs   count    1    epochs of the baselines
+--forget-fraction*  0<..1    1    part of the forget set that unlearning sees, Table 4
+--forget-per-batch  int>=0   0    8    8    forget examples per batch; 0: as they come (paper)
+--init              mlp|forget|vocab  mlp  forget  forget  phi starts at tokens of these, or mlp (paper)
+--hidden            count    128  width of phi's encoder
+--beta2             0..<1    0.999  0.95  0.95  AdamW's beta2 for phi
+--tune              full|lora  full  what the baselines train: all weights, or the adapter
+running
+--preset            paper|small|toy  -  default settings (default: toy, with --model paper)
+--seed*             int      0    split, forget set, order and initial values
+--batch             count    32   32   16   examples per batch
+--accumulate        count    1    batches per step
+--clip              float>0  0.3  largest norm of the gradient
+--out               text     -    run directory (default: runs/MODEL-DATASET)
+--cache             text     runs  where the toy LM is kept
+--threads           count    -    CPU threads
+--explain           switch   -    at the end, show SPUL on two examples
+"""
+PAPER_QLORA_EPOCHS = {"sst2": 10, "yelp": 2, "wmdp+sciq": 5}
+# The best of a search on seed 0. The paper searched too, and does not say what it found.
+BASELINE_LR = {
+    "paper": {},
+    "small": {"ga": 1e-5, "rl": 1e-5, "ga+kl": 1e-5, "ga+gd": 1e-5},
+    "toy": {"ga": 1e-4, "rl": 1e-4, "ga+kl": 1e-3, "ga+gd": 1e-3}}
+
+
+def parse(argv=None):
+    """Return the flags, with the preset's values filled in. InputError for impossible ones."""
+    args = data.parse_flags("Soft prompting for unlearning in language models.", FLAGS, argv,
+                            {"dataset": data.DATASETS, "method": METHODS})
+    args.preset = args.preset or ("paper" if args.model else "toy")
+    if args.preset == "paper" and args.qlora_epochs is None:
+        args.qlora_epochs = PAPER_QLORA_EPOCHS.get(args.dataset)
+    data.fill_defaults(args, FLAGS, PRESETS.index(args.preset))
+    if args.dataset != "toy" and not args.model:
+        raise InputError(f"--dataset {args.dataset} needs --model DIR; a small one: hf download "
+                         "HuggingFaceTB/SmolLM2-135M-Instruct --local-dir DIR")
+    if args.forget_per_batch >= args.batch:
+        raise InputError(f"--forget-per-batch {args.forget_per_batch}; expected less than --batch, "
+                         f"{args.batch}")
+    if args.explain and "spul" not in args.method:
+        raise InputError(f"--explain shows spul; add it to --method {' '.join(args.method)}")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.dtype is None:
+        args.dtype = "bf16" if args.model and fast_bf16(args.device) else "fp32"
+    if args.dense is None:
+        args.dense = args.device == "cpu" and evaluate.fits_dense(args.model)
+    name = f"{Path(args.model).resolve().name}-{args.dataset}" if args.model else "toy"
+    args.out = args.out or str(Path("runs") / name)
+    return args
+
+
+# ---- support: several processes (torchrun) -----------------------------------------------------
+
+def start_processes(args):
+    """Join the processes that torchrun started, if it did. Only the first one prints and writes."""
+    if "WORLD_SIZE" in os.environ:
+        if args.device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if not is_rank_zero():
+            sys.stdout = open(os.devnull, "w")
+
+
+def stop_processes():
+    """Leave the group of processes, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def share_of_process(batch):
+    """Return this process's part of a batch: all of it, unless torchrun started several."""
+    mine = my_share(len(batch.y))
+    return data.Batch(*[field[mine] for field in batch])
 
 
 def sum_gradients(params):
-    """Adds up the processes' gradients: of phi's encoder, of LoRA, or of the weights, never of what is frozen."""
+    """Add up the gradients of all processes; each computed its share of the step's objective."""
     if torch.distributed.is_initialized():
         for w in params:
-            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
             if is_sharded(w):
-                w.grad *= torch.distributed.get_world_size()  # fully_shard has added them up, and divided by their number
+                w.grad *= torch.distributed.get_world_size()  # fully_shard has averaged them
             else:
                 torch.distributed.all_reduce(w.grad)
 
 
 def shard(model):
-    """Spreads weights, gradients and AdamW's state over the processes, in place: each keeps 16 bytes a parameter / N.
-
-    PyTorch's fully_shard puts one layer's weights together as that layer computes, and takes them apart again.
-    """
-    from torch.distributed.fsdp import fully_shard  # here: it takes a second, which one process alone need not wait
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # V, which nothing writes to
-    mesh = torch.distributed.init_device_mesh(model.lm_head.weight.device.type, (torch.distributed.get_world_size(),))
-    for part in (*model.layers, model):
-        fully_shard(part, mesh=mesh)
+    """Spread weights, gradients and optimizer state over the processes (fully_shard), in place."""
+    if torch.distributed.is_initialized():
+        from torch.distributed.fsdp import fully_shard
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        kind, world = model.lm_head.weight.device.type, torch.distributed.get_world_size()
+        mesh = torch.distributed.init_device_mesh(kind, (world,))
+        for part in (*model.layers, model):
+            fully_shard(part, mesh=mesh)
+    return model
 
 
 def is_sharded(w):
-    """Whether this process holds but a part of the tensor (a DTensor)."""
+    """Whether this process holds only a part of the tensor (a DTensor)."""
     return hasattr(w, "full_tensor")
 
 
-def whole_tensor(w):
-    """The tensor itself, or put together from all processes."""
+def full_tensor(w):
+    """Return the complete tensor, gathered from all processes if it is sharded."""
     return w.full_tensor() if is_sharded(w) else w
 
 
 def unshard(model):
-    """-> a sharded model put together again in every process, for evaluation, which shares the texts out."""
+    """Return a sharded model as a complete one in every process."""
     if not is_sharded(model.lm_head.weight):
         return model
     with torch.device("meta"):
-        plain = build(model.config)
-    plain.load_state_dict({name: whole_tensor(w) for name, w in model.state_dict().items()}, assign=True)
-    tie(plain)
-    return plain.eval()
-
-
-# --------------------------------------------------------------------------------------------- stage 1: an embedded LM
-
-# word-level vocabulary and 0.8 M parameters for the toy; 4,000 pieces and 5.2 M parameters for a corpus of one's own
-RECIPES = {
-    "toy": dict(model_type="word", vocab_size=1000, D=128, layers=4, heads=4, batch=64, std=0.02, clip=1.0,
-                stages=[dict(steps=400, lr=2e-3, lists=0.35, text_weight=0.1)]),
-    "corpus": dict(model_type="bpe", vocab_size=4000, D=256, layers=4, heads=8, batch=64, std=0.03, clip=1.0,
-                   stages=[dict(steps=500, lr=1.5e-3, lists=0.6, text_weight=0.2),
-                           dict(steps=1500, lr=1.5e-3, lists=0.15, text_weight=0.2)]),
-}
-
-
-def embedded_lm(splits, seed, args):
-    """-> a checkpoint directory: the LM pretrained on the dataset's train texts, unless --cache holds that very one."""
-    if args.dataset == "toy":  # knows nothing of any seed's forget set, so all seeds share it
-        recipe, dir, (corpus, names) = RECIPES["toy"], Path(args.cache) / "lm-toy", data.toy_corpus()
-    else:
-        recipe, dir = RECIPES["corpus"], Path(args.cache) / f"lm-{args.dataset}-seed{seed}"
-        corpus, names = data.named_corpus(splits["train_retain"] + splits["train_forget"])
-    fingerprint = fingerprint_of(recipe, corpus, names, torch.__version__)
-    made = dir / "fingerprint.json"
-    found = read_json(made, "an embedded LM", ["fingerprint"])["fingerprint"] if made.is_file() else None
-    if found == fingerprint:
-        print(f"the embedded LM is in {dir}")
-        return dir
-    if found:
-        print(f"{dir} was made from other texts or settings; it is made anew")
-    if torch.distributed.is_initialized():
-        raise ValueError(f"{dir}: no LM of these texts yet, and one process makes it; run once without torchrun, or give "
-                         "--model")
-    made.unlink(missing_ok=True)  # half made anew, it must not pass for the old one
-    pretrain(recipe, fingerprint, corpus, names, dir, args)
-    write_json(made, {"fingerprint": fingerprint})
-    for state in dir.glob("state-*.pt"):
-        state.unlink()
-    return dir
-
-
-def train_tokenizer(recipe, corpus, names, path):
-    """A sentencepiece model of whole words, or of byte-pair pieces in which the names and the answers are whole."""
-    options = dict(user_defined_symbols=["\u2581" + w for w in dict.fromkeys([*names, *data.answer_words()])],
-                   byte_fallback=True) if recipe["model_type"] == "bpe" else dict(use_all_vocab=True)
-    buffer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(data.pretraining_words())] * 200 + [" ".join(names)] + [e.text for e, _ in corpus]),
-        model_writer=buffer, model_type=recipe["model_type"], vocab_size=recipe["vocab_size"],
-        hard_vocab_limit=False, minloglevel=2, num_threads=1, **options)
-    with whole(path) as part:
-        part.write_bytes(buffer.getvalue())
-
-
-def pretrain(recipe, fingerprint, corpus, names, dir, args):
-    """Tokenizer and LM from nothing, into dir. corpus: [(Example, the person it names or None)]."""
-    train_tokenizer(recipe, corpus, names, dir / "tokenizer.model")
-    tokenizer, D = data.load_tokenizer(dir), recipe["D"]
-    model = build(Config("llama", vocab_size=tokenizer.size, hidden_size=D, intermediate_size=int(D * 2.75) // 16 * 16,
-                         num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
-                         num_key_value_heads=recipe["heads"], head_dim=D // recipe["heads"], max_position_embeddings=1024,
-                         rms_norm_eps=1e-5, word_embed_proj_dim=D)).to(args.device)
-    torch.manual_seed(derived_seed("pretraining"))
-    for name, w in model.named_parameters():
-        if w.dim() > 1:  # embeddings and head start large: words that pretraining never asks for stay within reach
-            torch.nn.init.normal_(w, 0.0, D ** -0.5 if name.startswith(("embed", "lm_head")) else recipe["std"])
-
-    def loss_of(stream):
-        tokens, weights = (t.to(args.device) for t in next(stream))
-        weights, counts = weights[:, 1:], weights[:, 1:] > 0
-        with autocast(model, args):
-            logits = model.lm_head(model.hidden(tokens[:, :-1])[0][counts])  # (N,V): only what counts
-        losses = F.cross_entropy(logits.float(), tokens[:, 1:][counts], reduction="none") * weights[counts]  # (N,)
-        loss = losses.sum() / weights[counts].sum()
-        return loss, {"L_lm": loss.detach()}, tokens.numel()
-
-    run = Run(dir, args)
-    for number, stage in enumerate(recipe["stages"], 1):
-        def batches(epoch):  # each step takes the next batch of the epoch's own stream
-            stream = data.pretraining_batches(tokenizer, corpus, names, data.generator(f"{number}/{epoch}", "pretraining"),
-                                              recipe["batch"], stage["lists"], stage["text_weight"])
-            return [stream] * min(100, stage["steps"])
-
-        train(f"pretraining {number}", list(model.parameters()), batches, loss_of, -(-stage["steps"] // 100), stage["lr"],
-              run, clip=recipe["clip"], state=dir / f"state-{number}.pt", fingerprint=fingerprint)
-    save_model(model, dir)
-
-
-# ---------------------------------------------------------------------------------- stages 2 and 3: QLoRA and unlearning
-
-def fit(stage, model, params, loss, prompts, answers, args, run, prefix=lambda: None, base_logprobs=lambda index: None, *,
-        lr, epochs, warmup, seed, fingerprint, forget_per_batch=0):
-    """Trains params on the prompts and their answers (one token each). -> train's figures
-
-    loss(logits, base_logprobs, y, is_forget) -> loss, parts; prefix() -> the soft prompt's keys and values, if there is
-    one; base_logprobs(index (B,)) -> log h(x) (B,V) of these prompts, for the losses that need it.
-    """
-    def batches(epoch):
-        return data.epoch_batches(prompts, args.batch, data.generator(f"{seed}/{epoch}", stage), forget_per_batch)
-
-    def loss_of(index):
-        batch, share = data.collate(prompts, answers, index, args.device), evaluate.my_share(len(index))
-        with autocast(model, args):
-            logits = model(batch.tokens[share], batch.answer_pos[share], prefix())
-        total, parts = loss(all_rows(logits, len(index)), base_logprobs(batch.index), batch.y, batch.is_forget)
-        return total, parts, batch.tokens.numel()
-
-    state = None if is_sharded(params[0]) else run.dir / f"state-{stage}.pt"  # sharded, a stage cut off starts anew
-    figures = train(stage, params, batches, loss_of, epochs, lr, run, seed, warmup, args.clip, args.accumulate,
-                    state, fingerprint)
-    return {**figures, "trainable_params": sum(w.numel() for w in params), "flops_per_token": flops_per_token(model, params)}
-
-
-def flops_per_token(model, params):
-    """What the layers' matrix products cost a text token in a step, by which `evaluate.efficiency` judges the speed."""
-    last = f"layers.{len(model.layers) - 1}."  # of which only keys and values are computed at every token
-    maps = sum(m.in_features * m.out_features for name, m in model.named_modules() if hasattr(m, "in_features") and
-               name.startswith("layers.") and (not name.startswith(last) or "k_proj" in name or "v_proj" in name))
-    return maps * (6 if sum(w.numel() for w in params) >= maps else 4)  # forward; gradients of inputs, of trained weights
-
-
-def tune_base(model, prompts, args, run, cell, fingerprint, seed):
-    """QLoRA: LoRA on the 4-bit model, in place, learns the true answers of both train sets. -> the figures for its row"""
-    torch.manual_seed(derived_seed(seed, "lora"))
-    params = add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
-    everyone, out = prompts["train_retain"] + prompts["train_forget"], run.place("adapter", cell)
-
-    def loss(logits, base_logprobs, y, is_forget):
-        L_r = cross_entropy(logits, y, torch.ones_like(is_forget))
-        return L_r, {"L_r": L_r}
-
-    model.train()
-    figures = fit(cell, model, params, loss, everyone, [q.label for q in everyone], args, run, lr=args.qlora_lr,
-                  epochs=args.qlora_epochs, warmup=0.05, seed=seed, fingerprint=fingerprint)
-    model.requires_grad_(False).eval()
-    if is_main():
-        save_adapter(model, out, args.model or "")
-    return {**figures, "files": out.name}
-
-
-def copy_to_tune(model, args):
-    """-> a copy for the baselines: every weight trained, sharded if there are several processes, or the adapter alone."""
-    tuned = copy.deepcopy(model)
-    if args.tune == "lora":
-        for name, w in tuned.named_parameters():
-            w.requires_grad_("lora_" in name)
-        return tuned
-    tuned = merge_lora(tuned, torch.float32).requires_grad_(True)
-    if torch.distributed.is_initialized():
-        shard(tuned)
-    return tuned
-
-
-def unlearn(point, cell, model, base_hidden, prompts, answers, args, run, fingerprint, seed):
-    """One point of the grid, from the frozen base model -> (model, prefix or None, figures), its prompt or weights saved.
-
-    base_hidden (n,D): the base's state at every answer; through its head it gives log h(x) of Eq. (4) at a fraction of
-    the memory: 0.4 GB in bf16 for LLaMA-2-7B on SST-2, where the log-probabilities are 6 GB.
-    """
-    method, alpha, beta = METHODS[point["method"]], point["alpha"] or 0.0, point["beta"] or 0.0
-    out = run.place(method.trains, cell)
-    run.factors = {part: point[k] for part, k in (("L_r", "alpha"), ("L_kl", "beta")) if point[k] is not None}
-
-    def loss(*tensors):
-        return method.loss(*tensors, alpha, beta, kl_direction=args.kl_direction)
-
-    @torch.no_grad()
-    def base_logprobs(index):
-        return model.lm_head(base_hidden[index]).float().log_softmax(-1)
-
-    torch.manual_seed(derived_seed(seed, cell))
-    if method.trains == "prompt":
-        encoder = PromptEncoder(point["p"], model.embed_tokens.embedding_dim, args.hidden).to(args.device)
-        tuned, params, warmup = model, list(encoder.parameters()), 0.1
-    else:
-        encoder, tuned, warmup = None, copy_to_tune(model, args), 0.05
-        params = [w for w in tuned.parameters() if w.requires_grad]
-
-    def prefix():
-        return encoder and prompt_kv(model, encoder())
-
-    figures = fit(cell, tuned, params, loss, prompts, answers, args, run, prefix, base_logprobs, lr=point["lr"],
-                  epochs=args.epochs[method.trains], warmup=warmup, seed=seed, fingerprint=fingerprint,
-                  forget_per_batch=args.forget_per_batch if method.sees_retain else 0)
-    tuned = unshard(tuned).requires_grad_(False)
-    if is_main():
-        if encoder:
-            save_prompt(encoder(), out, encoder, args.model or "")
-        elif args.tune == "full":
-            save_model(tuned, out)
-        else:
-            save_adapter(tuned, out, args.model or "")
-    with torch.no_grad():
-        return tuned, prefix(), {**figures, "files": out.name}
-
-
-# ---------------------------------------------------------------------------------------------------------- the grid
-
-def prepare(seed, args):
-    """-> evaluate.Loaded with the seed's data and pretrained LM, and a fingerprint of all that the base will depend on."""
-    notes = []
-    splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test, notes)
-    print("\n".join(notes))
-    loaded = evaluate.load(args.model or embedded_lm(splits, seed, args), args, splits)
-    settings = {k: getattr(args, k) for k in ("weights", "dtype", "max_len", "rank", "lora_alpha", "lora_dropout", "targets",
-                                              "qlora_lr", "qlora_epochs", "batch", "accumulate", "clip")}
-    weights = loaded.model.embed_tokens.weight.double().sum().item()
-    return loaded, fingerprint_of(Path(loaded.lm, "config.json").read_text(), weights, splits, loaded.task, settings)
-
-
-def run_seed(seed, args, run):
-    """Base model and all cells of one seed; finished ones are not run again."""
-    loaded, common = prepare(seed, args)
-    model, prompts = loaded.model, loaded.prompts
-    everyone, base_hidden = prompts["train_retain"] + prompts["train_forget"], None
-    same = dict(method="", model=args.model or f"embedded-{args.dataset}", lm=str(loaded.lm), dataset=args.dataset,
-                seed=seed, merged=args.merged, tune=args.tune, alpha=None, beta=None, p=None, lr=None, forget_fraction=None)
-
-    def measure(cell, fingerprint, model, prefix=None, **row):
-        with autocast(model, args):
-            scores = evaluate.scores(model, prompts, prefix, args.device)
-        run.finish(cell, fingerprint, {**same, **row, **scores, "peak_memory_mb": evaluate.peak_memory_mb(args.device)})
-        print(evaluate.table2([run.cells[cell]]), flush=True)
-
-    vanilla, base = f"vanilla-seed{seed}", f"qlora-seed{seed}"
-    if not run.finished(vanilla, common):
-        measure(vanilla, common, model, method="vanilla", trainable_params=0, epochs=0, seconds_per_epoch=0.0)
-    if run.finished(base, common):
-        load_adapter(model, run.dir / run.cells[base]["files"])
-        model.requires_grad_(False)
-    else:
-        figures = tune_base(model, prompts, args, run, base, common, seed)
-        measure(base, common, model, method="qlora", lr=args.qlora_lr, **figures)
-    evaluate.check_learned(run.cells[base], prompts)
-    model = merge_lora(model) if args.merged else model
-    for point in grid(args):
-        method, cell = METHODS[point["method"]], cell_name(point, seed)
-        fingerprint = fingerprint_of(common, point, {k: getattr(args, k) for k in (
-            "epochs", "hidden", "forget_per_batch", "kl_direction", "tune", "merged")})
-        if run.finished(cell, fingerprint):
-            print(f"{cell} is done already; its row stands in {run.results}")
-            continue
-        if base_hidden is None:
-            base_hidden = evaluate.hidden_states(model, everyone, None, args.device)
-        seen = seen_by(method, everyone, point["forget_fraction"], seed)
-        answers = answers_for(method, everyone, loaded, seed)
-        tuned, prefix, figures = unlearn(point, cell, model, base_hidden[seen], [everyone[i] for i in seen],
-                                         [answers[i] for i in seen], args, run, fingerprint, seed)
-        measure(cell, fingerprint, tuned, prefix, **point, **figures)
-
-
-def seen_by(method, prompts, fraction, seed):
-    """The numbers of the train prompts that a method sees: `fraction` of the forget set (Table 4), and the retain set."""
-    forget = [i for i, q in enumerate(prompts) if q.is_forget]
-    kept = data.generator(seed, "forget fraction").sample(forget, len(forget))[:max(1, round(fraction * len(forget)))]
-    return [i for i, q in enumerate(prompts) if not q.is_forget and method.sees_retain] + sorted(kept)
-
-
-def answers_for(method, prompts, loaded, seed):
-    """y of every prompt (n,): retain examples the true token, forget examples what the method wants of them."""
-    rng = data.generator(seed, f"{method.forget_answer} answers")  # paper: random ; released code: unseeded
-    choices = {"generic": loaded.task.generic, "random": loaded.task.labels}.get(method.forget_answer)
-    return [loaded.tokens[rng.choice(choices)] if q.is_forget and choices else q.label for q in prompts]
-
-
-def grid(args):
-    """Every combination of the list-valued flags that matters to the method -> its points, as dicts."""
-    points = []
-    for name, fraction in itertools.product(args.method, args.forget_fraction):
-        flags = METHODS[name].flags
-        axes = [getattr(args, k) if k in flags else [None] for k in ("alpha", "beta", "p")]
-        for lr, alpha, beta, p in itertools.product(args.lr.get(name) or args.lr[METHODS[name].trains], *axes):
-            points.append(dict(method=name, forget_fraction=fraction, lr=lr, alpha=alpha, beta=beta, p=p))
-    return points
-
-
-def cell_name(point, seed):
-    """What a point's row and files are called, as spul-s0-f1-lr0.003-a1-b1-p20."""
-    marks = dict(forget_fraction="f", lr="lr", alpha="a", beta="b", p="p")
-    return f"{point['method']}-s{seed}" + "".join(f"-{m}{point[k]:g}" for k, m in marks.items() if point[k] is not None)
-
-
-# --------------------------------------------------------------------------------------------------- command line
-
-# What each kind of run sets where no flag says otherwise. lr and epochs: of what trains a prompt, of what trains weights,
-# and lr of single methods, which comes first.
-PRESETS = {
-    "toy": dict(p=[20], lr={"prompt": [5e-3], "weights": [3e-4], "rl": [1e-4]}, epochs={"prompt": 6, "weights": 1}, batch=32,
-                forget_per_batch=8, clip=0.3, targets=["all"], rank=16, qlora_lr=2e-4, qlora_epochs=1, merged=True,
-                dtype="fp32"),
-    "embedded": dict(p=[30], lr={"prompt": [3e-3], "weights": [1e-4]}, epochs={"prompt": 2, "weights": 1}, batch=32,
-                     forget_per_batch=8, clip=1.0, targets=["all"], rank=32, qlora_lr=1e-3, qlora_epochs=4, merged=True),
-    "paper": dict(p=[30], lr={"prompt": [1e-4], "weights": [1e-5]}, epochs={"prompt": 10, "weights": 1}, batch=32,
-                  forget_per_batch=0, clip=0.3, targets=["q_proj", "v_proj"], rank=16, qlora_lr=1e-4, qlora_epochs=10,
-                  merged=False),
-}
-
-
-def parser():
-    """All flags, each with its meaning; None stands for the preset's value."""
-    ap = data.Flags(description="Soft prompting for unlearning: a language model forgets a part of its data.")
-    add, several = ap.add_argument, dict(nargs="+")
-    count, above_0 = data.number(int), data.number(float)
-    zero_up = data.number(float, "of 0 or more", lambda v: 0 <= v < math.inf)
-    add("--dataset", choices=data.DATASETS, default="toy", help="what is learned and partly forgotten (default: toy)")
-    add("--data-dir", default=".", help="the directory that holds the dataset's files")
-    add("--model", help="a LLaMA or OPT checkpoint directory; without it an embedded LM is pretrained and cached")
-    add("--method", **several, choices=METHODS, default=["spul"], help="ways to unlearn")
-    add("--alpha", **several, type=zero_up, default=[1.0], help="weight of L_r, Eq. (5)")
-    add("--beta", **several, type=zero_up, default=[1.0], help="weight of L_KL, Eq. (5)")
-    add("--p", **several, type=count, help="tokens of the soft prompt")
-    add("--forget-fraction", **several, type=data.number(float, "above 0 and up to 1", lambda v: 0 < v <= 1), default=[1.0],
-        help="part of the forget set that unlearning sees, Table 4")
-    add("--seed", **several, type=int, default=[0], help="split, forget set, order, generic answers and initial values")
-    add("--lr", **several, type=above_0, help="learning rate of unlearning; several search the best one")
-    add("--epochs", type=count, help="passes of unlearning over its train set (baselines: 1)")
-    add("--batch", type=count, help="examples in a batch")
-    add("--accumulate", type=count, default=1, help="batches whose gradients make one step")
-    add("--forget-per-batch", type=data.number(int, "of 0 or more", lambda v: v >= 0),
-        help="forget examples in each batch; 0 mixes both sets in one pass, as the paper does")
-    add("--hidden", type=count, default=128, help="width of phi's encoder")
-    add("--kl-direction", choices=["prompted||base", "base||prompted"], default="prompted||base",
-        help="Eq. (4), or the released code's")
-    add("--tune", choices=["full", "lora"], default="full", help="what the baselines train: every weight, or the adapter")
-    add("--merged", action=argparse.BooleanOptionalAction,
-        help="unlearn on dense weights, the adapter merged in: fast for a small model (default: for embedded LMs)")
-    add("--clip", type=above_0, help="largest norm of a gradient")
-    add("--rank", type=count, help="rank of LoRA")
-    add("--lora-alpha", type=above_0, default=64, help="LoRA's alpha")
-    add("--lora-dropout", type=data.number(float, "from 0 to below 1", lambda v: 0 <= v < 1), default=0.1,
-        help="LoRA's dropout")
-    add("--targets", **several, help="linear maps that LoRA adapts, or all")
-    add("--qlora-lr", type=above_0, help="learning rate of QLoRA")
-    add("--qlora-epochs", type=count, help="epochs of QLoRA")
-    add("--weights", choices=["nf4", "bf16", "fp32"], default="nf4",
-        help="how the frozen model is kept: in 4 bits, or dense, and then computed in too")
-    add("--dtype", choices=["fp32", "bf16"],
-        help="what is computed in (default: bf16 where the hardware multiplies it; the toy: fp32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda when present, else cpu")
-    add("--checkpointing", action="store_true",
-        help="keep only each layer's input for the backward pass: less memory, more time")
-    add("--max-len", type=count, default=256, help="tokens of a prompt; a longer text loses its end")
-    add("--max-train", type=count, help="train examples at most")
-    add("--max-test", type=count, help="test examples at most")
-    add("--labels", **several, help="the answers, one token each (for --dataset splits)")
-    add("--generic", **several, help="the generic answers for the forget set, one token each")
-    add("--template", help="the prompt with {text} and {label} (for --dataset splits)")
-    add("--out", help="run directory (default: one under runs/)")
-    add("--cache", default="runs", help="where embedded LMs are kept")
-    add("--log-every", type=count, default=50, help="steps between two lines on the screen")
-    add("--threads", type=count, help="CPU threads")
-    add("--explain", action="store_true", help="then shows SPUL at work on one forget and one retain example")
-    return ap
-
-
-def parse(argv=None):
-    """argv -> args with every preset filled in. ValueError, in one line, for values that make no sense."""
-    args = parser().parse_args(argv)
-    preset = PRESETS["paper" if args.model else "toy" if args.dataset == "toy" else "embedded"]
-    for key, value in preset.items():
-        given = getattr(args, key)
-        setattr(args, key, value if given is None else dict.fromkeys(value, given) if isinstance(value, dict) else given)
-    if args.forget_per_batch >= args.batch:
-        raise ValueError(f"--forget-per-batch {args.forget_per_batch} must be below --batch {args.batch}")
-    check_device(args.device)
-    args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
-    args.merged = args.merged and args.tune == "full"  # a merged adapter cannot be tuned on
-    name = Path(args.model).resolve().name if args.model else "embedded"
-    args.out = args.out or str(Path("runs") / f"{name}-{args.dataset}-{'-'.join(args.method)}")
-    return args
-
-
-def main(argv=None):
-    """The command line: trains, prints and writes every cell of the grid."""
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before anything is put on a GPU
-    args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    run, started = Run(args.out, args), time.perf_counter()
-    for seed in args.seed:
-        run_seed(seed, args, run)
-    if is_main():
-        print(f"\n{evaluate.table2(list(run.cells.values()))}\n\n{run.results}, after "
-              f"{time.perf_counter() - started:.0f} s")
-        if args.explain:
-            print()
-            spul = [cell_name(point, args.seed[0]) for point in grid(args) if point["method"] == "spul"]
-            evaluate.explain(evaluate.load_run(run.dir, *spul[:1]))
+        complete = build(model.config)
+    state = {name: full_tensor(w) for name, w in model.state_dict().items()}
+    complete.load_state_dict(state, assign=True)
+    tie_head(complete)
+    return complete
 
 
 if __name__ == "__main__":
