@@ -371,8 +371,8 @@ def tokenizer_sentences():
     return [" ".join(words)] * 200 + [" ".join(NAMES)] + [e.text for e in toy_corpus()]
 
 
-def name_list(rng, queries=16):
-    """Return segments (text, weight in the loss): names, then whether each of 16 is among them."""
+def name_list(rng, queries=8):
+    """Return segments (text, weight in the loss): names, then whether each of 8 is among them."""
     listed, others = rng.sample(NAMES, rng.randint(1, 4)), rng.sample(NAMES, queries)
     segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
     for _ in range(queries):
@@ -529,7 +529,7 @@ def cluster_topics(train, test, seed):
     """Return the cluster of each train and test review, and each cluster's eight telling words.
 
     TF-IDF, truncated SVD, unit length, k-means: on unit vectors that is cosine distance. All is
-    fitted on train. Words in over 3 % of the reviews are left out: they tell opinions, not topics.
+    fitted on train. Words in over 3 % of the reviews are left out: many of them are opinions.
     """
     if len(train) < 10 * CLUSTERS:
         raise InputError(f"{len(train)} train reviews; expected {10 * CLUSTERS} or more")
@@ -601,6 +601,8 @@ def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=Non
     max_train, max_test: the most examples, drawn at random from forget and retain set together.
     notes: a list, to which lines about what is forgotten are appended.
     """
+    if name not in DATASETS:
+        raise InputError(f"dataset {name!r}; expected one of {', '.join(DATASETS)}")
     notes = [] if notes is None else notes
     if name == "yelp":  # sampled before it is clustered
         splits = yelp_splits(data_dir, seed, notes, max_train, max_test)

@@ -348,9 +348,10 @@ def choose_points(setup, per_label=500):
 
 
 def plot_lens(setup, path):
-    """Draw what base, retrain and SPUL would answer on the test forget set after each layer."""
+    """Draw what base, retrain and SPUL would answer to the test forget set after each layer."""
     fig, axes = new_figure()
-    for i, (name, system) in enumerate(load_systems(setup).items()):
+    systems = list(load_systems(setup).items())[:4]  # without the baselines
+    for i, (name, system) in enumerate(systems):
         layers = lens(setup, system)
         for ax, column in zip(axes, ("among labels", "generic")):
             ax.plot(range(1, len(layers) + 1), [numbers[column] for numbers in layers], label=name,
@@ -391,9 +392,10 @@ def explain(run):
         base_logprobs = setup.model(batch.tokens, batch.answer_pos).float().log_softmax(-1)
         logits = setup.model(batch.tokens, batch.answer_pos, prompt_kv(setup.model, phi))
         _, parts = spul_loss(logits, base_logprobs, batch.y, batch.is_forget, alpha=1.0, beta=1.0)
-        for name, part in parts.items():
-            gradient, = torch.autograd.grad(part, phi, retain_graph=True)
-            print(f"{name} = {part.item():.4f}, norm of its gradient on phi {gradient.norm():.4f}")
+        for name in ("L_f",) if prompt.is_forget else ("L_r", "L_kl"):
+            gradient, = torch.autograd.grad(parts[name], phi, retain_graph=True)
+            print(f"{name} = {parts[name].item():.4f}, norm of its gradient on phi "
+                  f"{gradient.norm():.4f}")
 
 
 def word(setup, token):
@@ -476,7 +478,11 @@ def load_systems(setup):
                "spul on retrain": load_phi(setup, model, control)}
     for row in rows:
         if row["base"] == "full" and row["files"].startswith("weights"):
-            model = load_model(setup.run / row["files"], "fp32", setup.args.device)
+            files = setup.run / row["files"]
+            if setup.args.tune == "lora":
+                model = load_base(setup.lm, setup.args, files)
+            else:
+                model = load_model(files, "fp32", setup.args.device)
             systems[row["method"]] = System(model)
     return systems
 
@@ -554,7 +560,7 @@ def rephrase(setup, systems):
     asked = template.replace("### Question", order, 1)
     return {"spul, asked for a label": reword(setup, spul, asked),
             "spul, names misspelt": reword(setup, spul, template, misspell),
-            "base, told the names": reword(setup, systems["base"], f"{ignore}\n\n{template}")}
+            "base, names in the prompt": reword(setup, systems["base"], f"{ignore}\n\n{template}")}
 
 
 def reword(setup, system, template, change=None):

@@ -476,7 +476,7 @@ def weight_matrix(i):
     if i % 4 == 1:  # 1.0 in each block makes absmax 1, so the midpoints are ties
         w = torch.cat([model.NF4, model.MIDPOINTS])[torch.randint(31, w.shape, generator=g)]
         w.view(-1)[::64] = 1.0
-        w *= 2.0 ** (i % 7 - 3)
+        w *= 2.0 ** (i % 7 - 3) if i % 8 == 1 else 0.1 + torch.rand(1, generator=g)
     if i % 4 == 2:
         w.view(-1)[w.numel() // 3:w.numel() // 3 + 150] = 0
     return w.to((torch.float32, torch.bfloat16, torch.float16)[i % 3])
@@ -1257,9 +1257,8 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
     evaluate.main(["run", "--audit"])
     lines = {line[0]: line for line in table_cells(capsys.readouterr().out)}
     for name in ("base", "retrain", "spul", "spul on retrain", "spul, asked for a label",
-                 "spul, names misspelt", "base, told the names", "spul, unquantised weights",
-                 "spul, 8-bit weights", "another seed's phi", "spul, tuned on 1",
-                 "spul, tuned on 16"):
+                 "spul, names misspelt", "spul, unquantised weights", "spul, 8-bit weights",
+                 "another seed's phi", "spul, tuned on 1", "spul, tuned on 16"):
         assert len(lines[name]) > 4 and re.search("[a-z]{4}", lines[name][-1]), name
     kept = json.loads(Path("run/audit.json").read_text())
     assert kept.keys() == {"0", "1"}
@@ -1378,14 +1377,14 @@ def test_the_method_that_the_readme_adds_runs_and_has_its_row(micro, monkeypatch
     code, = [block for block in blocks if "METHODS[" in block]
     assert len(code.strip().splitlines()) <= 15
     monkeypatch.setattr(unlearn, "METHODS", dict(unlearn.METHODS))
-    exec(code, dict(vars(unlearn)))
+    exec(code, vars(soft_prompt) | vars(unlearn))  # it goes into unlearn.py
     name, = unlearn.METHODS.keys() - {"spul", "ga", "rl", "ga+kl", "ga+gd"}
     assert list(train("run", "--method", name).values())[-1]["method"] == name
 
 @pytest.mark.parametrize("name", IMPORT_ORDER)
 def test_a_module_imports_only_what_the_project_may_and_no_later_module(name):
-    allowed = {"torch", "sentencepiece", "safetensors", "numpy", "sklearn", *sys.stdlib_module_names}
-    allowed |= set(IMPORT_ORDER[:IMPORT_ORDER.index(name)])
+    allowed = {"torch", "sentencepiece", "safetensors", "numpy", "sklearn"}
+    allowed |= sys.stdlib_module_names | set(IMPORT_ORDER[:IMPORT_ORDER.index(name)])
     tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         names = []

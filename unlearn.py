@@ -340,14 +340,15 @@ def main(argv=None):
 
 # ---- the embedded toy LM -----------------------------------------------------------------------
 
-TOY_LM = {"vocab_size": 1000, "D": 128, "layers": 4, "heads": 4, "steps": 500, "batch": 32,
+TOY_LM = {"vocab_size": 1000, "D": 128, "layers": 4, "heads": 4, "steps": 400, "batch": 64,
           "lr": 2e-3, "lists": 0.35, "text_weight": 0.1}
 
 
 def pretrain_toy(args):
     """Return the directory of the toy LM, pretrained from scratch unless the cache holds it.
 
-    It knows nothing about any seed's forget set, so all seeds share it.
+    It knows nothing about any seed's forget set, so all seeds share it. After changing what it
+    learns, delete the directory.
     """
     dir = Path(args.cache) / "lm-toy"
     recipe = dir / "recipe.json"
@@ -405,7 +406,7 @@ def build_toy(vocab_size):
     return model
 
 
-# ---- support: what a run leaves behind ---------------------------------------------------------
+# ---- support: run directories and checkpoints --------------------------------------------------
 
 BASE_SETTINGS = ("model dataset weights dtype dense tune max_len max_train max_test labels generic "
                  "template batch accumulate clip rank lora_alpha lora_dropout targets qlora_lr "
@@ -563,7 +564,7 @@ unlearning (flags with several values make a grid)
 --baseline-epochs   count    1    epochs of the baselines
 --forget-fraction*  0<..1    1    part of the forget set that unlearning sees, Table 4
 --forget-per-batch  int>=0   0    8    8    forget examples per batch; 0: as they come (paper)
---init              mlp|forget|vocab  mlp  forget  forget  phi starts at tokens of these, or mlp (paper)
+--init              mlp|forget|vocab  mlp  forget  forget  start phi at tokens of these (paper: mlp)
 --hidden            count    128  width of phi's encoder
 --beta2             0..<1    0.999  0.95  0.95  AdamW's beta2 for phi
 --tune              full|lora  full  what the baselines train: all weights, or the adapter
