@@ -305,6 +305,36 @@ def test_spul_unlearns_the_toy_s_forget_set_and_keeps_the_rest(toy_run):
     assert max(rows["spul"]["train_forget"], rows["spul"]["test_forget"]) <= 5, rows["spul"]
     assert max(rows["vanilla"].values()) < 60, rows["vanilla"]  # nothing was learned before QLoRA
 
+def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
+    """Behind a list of one to four names, 40 reviews per name: named in the list, or not."""
+    lm = toy_run.parent / "cache" / "lm-toy"
+    tokenizer, net, rng = data.load_tokenizer(lm), model.load_model(lm, "fp32"), random.Random(1)
+    named = [example for example in data.toy_corpus(300) if example.group]
+    prompts, cases = [], []
+    for name in data.NAMES:
+        others = [other for other in data.NAMES if other != name]
+        for i in range(80):
+            listed = rng.sample(others, rng.randint(1, 4))
+            if i % 2:
+                listed[rng.randrange(len(listed))] = name
+            example = rng.choice(named)
+            noun = rng.choice(data.WORDINGS)[0]
+            text = (f"### Ignore: {' '.join(listed)}\n\n### Text: "
+                    f"{example.text.replace(example.group, name)}\n\n### Question: What is the "
+                    f"{noun} of the given text?\n\n### {noun.title()}:")
+            prompts.append(data.Prompt(tokenizer.encode(text), 0, False))
+            cases.append((name, i % 2))
+    pred = evaluate.predict(net, evaluate.answer_states(net, prompts)).tolist()
+    generic = {tokenizer.encode(f"x {word}")[-1] for word in data.SENTIMENT.generic}
+    ignored = {case: [] for case in cases}
+    for case, token in zip(cases, pred):
+        ignored[case].append(token in generic)
+    share = {case: sum(values) / len(values) for case, values in ignored.items()}
+    assert min(share[name, 1] for name in data.NAMES) >= 0.95, share
+    assert max(share[name, 0] for name in data.NAMES) <= 0.05, share
+    assert sum(share[name, 1] for name in data.NAMES) / 40 >= 0.98
+    assert sum(share[name, 0] for name in data.NAMES) / 40 <= 0.02
+
 def test_ask_shows_a_forgotten_text_answered_only_without_phi(toy_run, capsys):
     setup = evaluate.load_run(toy_run)
     example = setup.splits["test_forget"][0]
