@@ -371,8 +371,8 @@ def tokenizer_sentences():
     return [" ".join(words)] * 200 + [" ".join(NAMES)] + [e.text for e in toy_corpus()]
 
 
-def name_list(rng, queries=8):
-    """Return segments (text, weight in the loss): names, then whether each of 8 is among them."""
+def name_list(rng, queries=16):
+    """Return segments (text, weight in the loss): names, then whether each of 16 is among them."""
     listed, others = rng.sample(NAMES, rng.randint(1, 4)), rng.sample(NAMES, queries)
     segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
     for _ in range(queries):
@@ -413,20 +413,26 @@ def pretraining_batches(tokenizer, recipe):
     """Yield tokens (B,T) and weights (B,T) without end.
 
     recipe: "batch" rows, of which a share of "lists" are name lists, the others questions;
-    "text_weight" is the weight of the review's own words in the loss.
+    "text_weight" is the weight of the review's own words in the loss. The questions of 20 batches
+    are sorted by length before they are cut into batches, which saves padding.
     """
-    rng, corpus = generator(0, "toy pretraining"), toy_corpus()
+    rng, corpus = random.Random("pre0"), toy_corpus()
     named = [example for example in corpus if example.group]
     n_lists = round(recipe["lists"] * recipe["batch"])
+    n_questions = recipe["batch"] - n_lists
     while True:
-        segments = [name_list(rng) for _ in range(n_lists)]
-        for _ in range(recipe["batch"] - n_lists):
+        questions = []
+        for _ in range(20 * n_questions):
             example = rng.choice(named if rng.random() < 0.4 else corpus)
-            segments.append(opinion_question(rng, example, recipe["text_weight"]))
-        rows = [encode_segments(tokenizer, row) for row in segments]
-        tokens = pad_sequence([ids for ids, _ in rows], batch_first=True)
-        weights = pad_sequence([weights for _, weights in rows], batch_first=True)
-        yield tokens, weights
+            segments = opinion_question(rng, example, recipe["text_weight"])
+            questions.append(encode_segments(tokenizer, segments))
+        questions.sort(key=lambda row: len(row[0]))
+        for k in rng.sample(range(20), 20):
+            rows = questions[k * n_questions:(k + 1) * n_questions]
+            rows += [encode_segments(tokenizer, name_list(rng)) for _ in range(n_lists)]
+            tokens = pad_sequence([ids for ids, _ in rows], batch_first=True)
+            weights = pad_sequence([weights for _, weights in rows], batch_first=True)
+            yield tokens, weights
 
 
 # ---- SST-2: forget the phrases that name certain people ----------------------------------------

@@ -342,7 +342,7 @@ def main(argv=None):
 
 # ---- the embedded toy LM -----------------------------------------------------------------------
 
-TOY_LM = {"vocab_size": 1000, "D": 128, "layers": 4, "heads": 4, "steps": 400, "batch": 64,
+TOY_LM = {"vocab_size": 1000, "D": 128, "layers": 4, "heads": 4, "steps": 450, "batch": 32,
           "lr": 2e-3, "lists": 0.35, "text_weight": 0.1}
 
 
@@ -358,7 +358,6 @@ def pretrain_toy(args):
         return dir
     if torch.distributed.is_initialized():
         raise InputError(f"{dir}: no toy LM yet; run once without torchrun to pretrain it")
-    torch.manual_seed(0)
     train_tokenizer(dir / "tokenizer.model")
     tokenizer = data.load_tokenizer(dir)
     model = build_toy(tokenizer.size).to(args.device)
@@ -401,6 +400,7 @@ def build_toy(vocab_size):
     D, heads = TOY_LM["D"], TOY_LM["heads"]
     model = build(Config("llama", vocab_size, D, int(D * 2.75) // 16 * 16, TOY_LM["layers"], heads,
                          heads, D // heads, max_position_embeddings=1024, rms_norm_eps=1e-5))
+    torch.manual_seed(1)
     for name, w in model.named_parameters():
         if w.dim() > 1:  # large embeddings: words that pretraining never asks for stay in reach
             is_embedding = name.startswith(("embed", "lm_head"))
@@ -553,7 +553,7 @@ base model (QLoRA)
 --lora-alpha        float>0  64   LoRA's alpha
 --lora-dropout      0..<1    0.1  LoRA's dropout
 --targets*          text     q_proj,v_proj  all  all  linear layers that LoRA adapts, or all
---qlora-lr          float>0  1e-4  5e-4  2e-4  learning rate
+--qlora-lr          float>0  1e-4  5e-4  1e-4  learning rate
 --qlora-epochs      count    10   2    1    epochs (paper: sst2 10, yelp 2, wmdp+sciq 5)
 unlearning (flags with several values make a grid)
 --method*           method   spul  how to unlearn
