@@ -560,7 +560,7 @@ unlearning (flags with several values make a grid)
 --alpha*            float>=0  1    weight of L_r, Eq. (5)
 --beta*             float>=0  0.5  1    1    weight of L_KL, Eq. (5)
 --p*                count    30   30   20   tokens of the soft prompt
---lr*               float>0  1e-4  2e-3  5e-3  learning rate of phi
+--lr*               float>0  1e-4  2e-3  1e-3  learning rate of phi
 --epochs            count    10   4    1    epochs of phi
 --baseline-lr*      float>0  -    learning rate of the baselines (default: searched)
 --baseline-epochs   count    1    epochs of the baselines
