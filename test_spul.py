@@ -288,7 +288,7 @@ def test_paper_cells_of_tables_3_4_and_5_are_found_by_alpha_beta_fraction_and_mo
 def toy_run(tmp_path_factory):
     """The run directory of `python unlearn.py` with seed 0, pretraining included."""
     dir = tmp_path_factory.mktemp("toy")
-    unlearn.main(["--threads", "2", "--device", "cpu", "--cache", str(dir / "cache"),
+    unlearn.main(["--threads", "1", "--device", "cpu", "--cache", str(dir / "cache"),
                   "--out", str(dir / "run")])
     return dir / "run"
 
