@@ -582,7 +582,8 @@ running
 --explain           switch   -    at the end, show SPUL on two examples
 """
 PAPER_QLORA_EPOCHS = {"sst2": 10, "yelp": 2, "wmdp+sciq": 5}
-# The best of a search on seed 0. The paper searched too, and does not say what it found.
+# toy: the best of a search on seed 0; small: not searched yet, a starting point. The paper's own
+# search is not reported; methods without an entry use 1e-5.
 BASELINE_LR = {
     "paper": {},
     "small": {"ga": 1e-5, "rl": 1e-5, "ga+kl": 1e-5, "ga+gd": 1e-5},
