@@ -1,4 +1,4 @@
-"""From files to batches: tokenizers, prompts, batches, forget and retain sets (Section 4.1).
+"""From files to batches: prompts, batches, tokenizers, forget and retain sets (Section 4.1).
 
     python data.py --dataset sst2 --data-dir DIR      Table 1, what is forgotten, what leaks
 
@@ -7,14 +7,11 @@ One letter per axis, as in soft_prompt.py: B prompts in a batch, T tokens in the
 import argparse
 import csv
 import functools
-import io
 import json
 import math
-import os
 import random
 import re
 import sys
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,137 +20,14 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import normalize
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer
 from torch.nn.utils.rnn import pad_sequence
 
 from model import InputError, atomic_write, read_json
 
 
-def generator(seed, purpose):
-    """Return a random generator for one purpose: more draws from it change no other purpose."""
-    return random.Random(f"{seed}/{purpose}")
-
-
-# ---- tokenizers --------------------------------------------------------------------------------
-
-class SentencePieceTokenizer:
-    """LLaMA's tokenizer.model. encode(text) -> ids as transformers gives them, <s> first."""
-
-    def __init__(self, path):
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
-            raise InputError(f"{path}: not a sentencepiece model; download it again") from None
-        self.size = self.pieces.vocab_size()
-
-    def encode(self, text):
-        ids = self.pieces.encode(text.encode())  # a str with surrogates would abort Python
-        if text.startswith((" ", "\u2581")):  # sentencepiece would add a second space
-            ids = self.pieces.encode(text[1:].encode())
-            ids = ids or [self.pieces.piece_to_id("\u2581")]
-        return [self.pieces.bos_id()] + ids
-
-    def piece(self, i):
-        return self.pieces.id_to_piece(int(i))
-
-
-# GPT-2's rule that cuts a text into words (Radford et al. 2019), for ASCII texts.
-GPT2_WORD = re.compile(
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-
-
-def byte_letters():
-    """Return {byte: the printable character that stands for it in vocab.json} (GPT-2's table)."""
-    letters, others = {}, 0
-    for byte in range(256):
-        letters[byte] = chr(byte)
-        if byte == 32 or not chr(byte).isprintable():
-            letters[byte] = chr(256 + others)
-            others += 1
-    return letters
-
-
-BYTE_LETTERS = byte_letters()
-
-
-def to_ascii(found):
-    """Return an ASCII character that GPT-2's rule treats like the one that was found."""
-    c = found[0]
-    if c.isspace():
-        return "\t"
-    return "x" if c.isalpha() else "0" if c.isnumeric() else "!"
-
-
-def gpt2_words(text, split_digits):
-    """Return the words of a text by GPT-2's rule; split_digits first isolates every digit.
-
-    Python's re has no class of all letters, so "étoiles²" is cut where "xtoiles0" would be.
-    """
-    plain = re.sub(r"[^\x00-\x7f]", to_ascii, text)
-    parts = re.findall(r"\d|\D+", plain, re.ASCII) if split_digits else [plain]
-    words, end = [], 0
-    for part in parts:
-        for word in GPT2_WORD.findall(part):  # the rule covers every character
-            words.append(text[end:end + len(word)])
-            end += len(word)
-    return words
-
-
-class ByteLevelBPE:
-    """vocab.json and merges.txt of OPT or SmolLM2. encode(text) -> ids as transformers gives them.
-
-    OPT starts a text with </s> (id 2). SmolLM2 adds nothing, splits numbers into digits and has
-    no token for a few rare bytes, which are dropped.
-    """
-
-    def __init__(self, dir):
-        lines = (dir / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        merges = [tuple(line.split()) for line in lines if not line.startswith("#version")]
-        tokens = ["".join(pair) for pair in merges if pair]
-        self.ids = read_json(dir / "vocab.json", "every token that merges.txt makes", tokens)
-        self.names = {i: token for token, i in self.ids.items()}
-        self.rank = {pair: i for i, pair in enumerate(merges)}
-        self.size = max(self.names) + 1
-        self.is_opt = self.ids.get("<s>") == 0 and self.ids.get("</s>") == 2
-        if not self.is_opt and "<|im_start|>" not in self.ids:
-            raise InputError(f"{dir}/vocab.json: neither OPT's (token 0 is <s>, 2 is </s>) nor "
-                             "SmolLM2's (<|im_start|>); give one of their checkpoints")
-
-    @functools.lru_cache(2 ** 16)
-    def encode_word(self, word):
-        """Return the ids of one word: always join the neighbours that merges.txt names first."""
-        parts = [BYTE_LETTERS[byte] for byte in word.encode()]
-        parts = [part for part in parts if part in self.ids]
-        while len(parts) > 1:
-            ranks = [self.rank.get(pair, math.inf) for pair in zip(parts, parts[1:])]
-            i = ranks.index(min(ranks))
-            if ranks[i] == math.inf:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        return [self.ids[part] for part in parts]
-
-    def encode(self, text):
-        ids = [2] if self.is_opt else []
-        for word in gpt2_words(text, split_digits=not self.is_opt):
-            ids += self.encode_word(word)
-        return ids
-
-    def piece(self, i):
-        return self.names.get(int(i), f"<{i}>")
-
-
-def load_tokenizer(dir):
-    """Return the tokenizer in a checkpoint directory: .encode(text) -> ids, .size, .piece(i)."""
-    dir = Path(dir)
-    if (dir / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(dir / "tokenizer.model")
-    if (dir / "vocab.json").is_file() and (dir / "merges.txt").is_file():
-        return ByteLevelBPE(dir)
-    raise InputError(f"{dir}: no tokenizer; expected tokenizer.model (LLaMA), or vocab.json and "
-                     "merges.txt (OPT, SmolLM2)")
-
-
-# ---- tasks and prompts -------------------------------------------------------------------------
+# ---- tasks, prompts and batches ----------------------------------------------------------------
 
 class Example(NamedTuple):
     """A text, its true label and, in a forget set, the person or topic that puts it there."""
@@ -222,8 +96,7 @@ def encode_prompt(tokenizer, task, text, max_len):
     # released code: cuts the whole string, so a long review can lose its question and label
     ids = tokenizer.encode(prompt_string(task, text))
     while len(ids) > max_len:
-        n = len(text) * max_len // len(ids)
-        text = text[:min(n, len(text) - 1)].rstrip()
+        text = text[:len(text) * max_len // len(ids)].rstrip()
         if not text:
             raise InputError(f"--max-len {max_len} leaves no room for a text; raise it")
         ids = tokenizer.encode(prompt_string(task, text))
@@ -233,8 +106,9 @@ def encode_prompt(tokenizer, task, text, max_len):
 def encode_splits(tokenizer, task, splits, max_len):
     """Return {split: [Prompt]} of {split: [Example]}."""
     tokens = label_tokens(tokenizer, task, splits["train_retain"][0].text)
-    prompts = {split: [] for split in SPLITS}
+    prompts = {}
     for split in SPLITS:
+        prompts[split] = []
         for text, label, group in splits[split]:
             if label not in task.labels:
                 raise InputError(f"label {label!r} in {split}; expected {', '.join(task.labels)}: "
@@ -243,8 +117,6 @@ def encode_splits(tokenizer, task, splits, max_len):
             prompts[split].append(Prompt(ids, tokens[label], split.endswith("forget"), group))
     return prompts
 
-
-# ---- batches -----------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
     """B prompts as tensors, with their answers."""
@@ -257,11 +129,11 @@ class Batch(NamedTuple):
 
 def collate(prompts, answers, index, device="cpu"):
     """Return the Batch of prompts[i] and answers[i] for each i of the list `index` (B)."""
-    chosen = [prompts[i] for i in index]
-    tokens = pad_sequence([torch.tensor(prompt.ids) for prompt in chosen], batch_first=True)
-    answer_pos = torch.tensor([len(prompt.ids) - 1 for prompt in chosen])
+    ids = [torch.tensor(prompts[i].ids) for i in index]
+    tokens = pad_sequence(ids, batch_first=True)
+    answer_pos = torch.tensor([len(row) - 1 for row in ids])
     y = torch.tensor([answers[i] for i in index])
-    is_forget = torch.tensor([prompt.is_forget for prompt in chosen])
+    is_forget = torch.tensor([prompts[i].is_forget for i in index])
     batch = Batch(tokens, answer_pos, y, is_forget, torch.tensor(index))
     return Batch(*[field.to(device) for field in batch])
 
@@ -273,10 +145,10 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
     holds about one forget example. N > 0 takes each retain example once and adds N forget examples
     to every batch. Prompts of one batch have about the same length, which saves padding.
     """
-    retain = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
     forget = [i for i, prompt in enumerate(prompts) if prompt.is_forget]
-    if not forget_per_batch or not retain or not forget:
-        retain, forget_per_batch = list(range(len(prompts))), 0
+    retain = sorted(set(range(len(prompts))) - set(forget))
+    if not (forget_per_batch and retain and forget):
+        retain, forget_per_batch = range(len(prompts)), 0
     retain = rng.sample(retain, len(retain))
     size = batch - forget_per_batch
     batches = []
@@ -286,15 +158,166 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
     rng.shuffle(batches)
     queue = []
     for indices in batches:
-        while len(queue) < forget_per_batch:
-            queue += rng.sample(forget, len(forget))
-        indices += queue[:forget_per_batch]
-        queue = queue[forget_per_batch:]
+        for _ in range(forget_per_batch):
+            queue = queue or rng.sample(forget, len(forget))
+            indices.append(queue.pop(0))
     return batches
 
 
-# ---- the toy -----------------------------------------------------------------------------------
+def generator(seed, purpose):
+    """Return a random generator for one purpose: more draws from it change no other purpose."""
+    return random.Random(f"{seed}/{purpose}")
 
+
+# ---- support: tokenizers -----------------------------------------------------------------------
+
+def load_tokenizer(dir):
+    """Return the tokenizer in a checkpoint directory: .encode(text) -> ids, .piece(id) -> str."""
+    dir = Path(dir)
+    if (dir / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(dir / "tokenizer.model")
+    if (dir / "merges.txt").is_file():
+        return ByteLevelBPE(dir)
+    raise InputError(f"{dir}: no tokenizer; expected tokenizer.model (LLaMA), or vocab.json and "
+                     "merges.txt (OPT, SmolLM2)")
+
+
+class SentencePieceTokenizer:
+    """LLaMA's tokenizer.model. encode(text) -> ids as transformers gives them, <s> first."""
+
+    def __init__(self, path):
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise InputError(f"{path}: not a sentencepiece model; download it again") from None
+        self.size = self.pieces.vocab_size()
+
+    def encode(self, text):
+        if text.startswith((" ", "\u2581")):  # sentencepiece would add a second space
+            ids = self.pieces.encode(text[1:].encode()) or [self.pieces.piece_to_id("\u2581")]
+        else:
+            ids = self.pieces.encode(text.encode())  # a str with surrogates would abort Python
+        return [self.pieces.bos_id()] + ids
+
+    def piece(self, i):
+        return self.pieces.id_to_piece(i)
+
+
+# GPT-2's rule that cuts ASCII text into words (Radford et al. 2019). SmolLM2 isolates all digits.
+GPT2_WORD = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+| ?[0-9]+| ?[^\sa-zA-Z0-9]+|\s+(?!\S)|\s+")
+SMOLLM2_WORD = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?[a-zA-Z]+|[0-9]| ?[^\sa-zA-Z0-9]+|\s+(?![^\s0-9])|\s+")
+
+
+def to_ascii(match):
+    """Return an ASCII character that GPT-2's rule treats like the matched one ("é" like "x")."""
+    if match[0].isspace():
+        return "\t"
+    return "x" if match[0].isalpha() else "0" if match[0].isnumeric() else "!"
+
+
+# GPT-2's table {byte: the printable character that stands for it in vocab.json}.
+BYTE_LETTERS = {byte: chr(byte) for byte in range(256)}
+UNPRINTABLE = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
+for i, byte in enumerate(UNPRINTABLE):
+    BYTE_LETTERS[byte] = chr(256 + i)
+
+
+class ByteLevelBPE:
+    """vocab.json and merges.txt of OPT or SmolLM2. encode(text) -> ids as transformers gives them.
+
+    OPT starts a text with </s> (id 2). SmolLM2 adds nothing and has no token for a few rare bytes,
+    which are dropped.
+    """
+
+    def __init__(self, dir):
+        self.ids = read_json(dir / "vocab.json", "the id of each token")
+        self.names = {i: token for token, i in self.ids.items()}
+        lines = (dir / "merges.txt").read_text(encoding="utf-8").splitlines()
+        self.rank = {pair: i for i, pair in enumerate(lines)}  # pair: two tokens and a space
+        self.is_opt = self.ids.get("</s>") == 2
+        if not self.is_opt and "<|im_start|>" not in self.ids:
+            raise InputError(f"{dir}/vocab.json: neither OPT's (</s> is 2) nor SmolLM2's "
+                             "(<|im_start|>); give one of their checkpoints")
+
+    @functools.lru_cache(2 ** 16)
+    def encode_word(self, word):
+        """Return the ids of one word: always join the neighbours that merges.txt names first."""
+        letters = [BYTE_LETTERS[byte] for byte in word.encode()]
+        parts = [letter for letter in letters if letter in self.ids]
+        while True:
+            pairs = [f"{left} {right}" for left, right in zip(parts, parts[1:])]
+            known = [pair for pair in pairs if pair in self.rank]
+            if not known:
+                return [self.ids[part] for part in parts]
+            i = pairs.index(min(known, key=self.rank.get))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+    def encode(self, text):
+        ids = [2] if self.is_opt else []
+        rule = GPT2_WORD if self.is_opt else SMOLLM2_WORD
+        plain = re.sub(r"[^\x00-\x7f]", to_ascii, text)
+        for match in re.finditer(rule, plain, re.ASCII):  # the rule covers every character
+            ids += self.encode_word(text[match.start():match.end()])
+        return ids
+
+    def piece(self, i):
+        return self.names.get(i, f"<{i}>")
+
+
+# ---- support: datasets -------------------------------------------------------------------------
+
+def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=None):
+    """Return {split: [Example]} of a dataset, with the counts of the paper's Table 1.
+
+    max_train, max_test: the most examples, drawn at random from forget and retain set together.
+    notes: a list, to which a line about what is forgotten is appended.
+    """
+    if name == "yelp":  # sampled before it is clustered
+        splits = yelp_splits(data_dir, seed, max_train, max_test)
+    else:
+        splits = DATASETS[name](data_dir, seed)
+    for part, most in (("train", max_train), ("test", max_test)):
+        if most:
+            names = (f"{part}_retain", f"{part}_forget")
+            pool = [(split, example) for split in names for example in splits[split]]
+            pool = generator(seed, f"max_{part}").sample(pool, min(most, len(pool)))
+            for split in names:
+                splits[split] = [example for origin, example in pool if origin == split]
+    generator(seed, "forget_fraction").shuffle(splits["train_forget"])
+    for split in SPLITS:
+        if not splits[split]:
+            raise InputError(f"{name}: the {split} set is empty; give or allow more examples")
+    if notes is not None:
+        groups = {example.group for example in splits["train_forget"] + splits["test_forget"]}
+        notes.append(f"forgotten: {', '.join(sorted(groups)) or 'the forget set'}")
+    return splits
+
+
+def split_by_group(examples, n_train, chosen):
+    """Return {split: [Example]}: the forget sets are the examples whose group is chosen."""
+    splits = {split: [] for split in SPLITS}
+    for i, example in enumerate(examples):
+        part = "train" if i < n_train else "test"
+        if example.group in chosen:
+            splits[f"{part}_forget"].append(example)
+        else:
+            splits[f"{part}_retain"].append(example._replace(group=""))
+    return splits
+
+
+def own_splits(data_dir, seed):
+    """Return your own four files, train_retain.jsonl and so on: text, label, optionally group."""
+    splits = {}
+    for split in SPLITS:
+        splits[split] = [
+            Example(text, str(label), group or "")
+            for text, label, group in read_rows(data_dir, split, ("text", "label", "group"))]
+    return splits
+
+
+# The toy: invented reviews of films.
 NAMES = (
     "adler baxter cole dunn ellis foley grady hobbs irwin jarvis keaton lowell mercer nolan oakley "
     "pratt quinn rooney sutton tully upton vance walsh york zimmer archer bloom crane dexter emery "
@@ -322,28 +345,12 @@ def toy_review(rng):
     return Example(text, label, person if person in text else "")
 
 
-def toy_splits(data_dir, seed, notes):
-    """Return 4,000 reviews; forget: those that name one of four people, drawn with the seed.
-
-    The toy LM is pretrained before that: it does not know who will be forgotten.
-    """
+def toy_splits(data_dir, seed):
+    """Return 4,000 reviews; forget: those that name one of four people, drawn with the seed."""
     rng = generator(seed, "toy")
     chosen = rng.sample(NAMES, 4)
-    notes.append(f"forgotten: {', '.join(chosen)}, 4 of {len(NAMES)} people")
-    examples = []
-    for _ in range(4000):
-        review = toy_review(rng)
-        examples.append(review if review.group in chosen else review._replace(group=""))
-    return split_by_group(examples[:2800], examples[2800:])
-
-
-def split_by_group(train, test):
-    """Return {split: [Example]}: the forget sets are the examples that have a group."""
-    splits = {}
-    for part, examples in (("train", train), ("test", test)):
-        splits[f"{part}_retain"] = [example for example in examples if not example.group]
-        splits[f"{part}_forget"] = [example for example in examples if example.group]
-    return splits
+    examples = [toy_review(rng) for _ in range(4000)]
+    return split_by_group(examples, 2800, chosen)
 
 
 # A soft prompt can only steer what the frozen model can already do. Large LMs can follow an
@@ -367,18 +374,17 @@ def tokenizer_sentences():
     words = SENTIMENT.template.format(text="", label="").split()
     words += ["### Ignore: What known", *SENTIMENT.labels, *SENTIMENT.generic]
     for noun, good, bad in WORDINGS:
-        words += [noun, noun.title() + ":", good, bad]
+        words += [noun, f"{noun.title()}:", good, bad]
     return [" ".join(words)] * 200 + [" ".join(NAMES)] + [e.text for e in toy_corpus()]
 
 
-def name_list(rng, queries=16):
+def name_list(rng):
     """Return segments (text, weight in the loss): names, then whether each of 16 is among them."""
-    listed, others = rng.sample(NAMES, rng.randint(1, 4)), rng.sample(NAMES, queries)
-    segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
-    for _ in range(queries):
+    listed, others = rng.sample(NAMES, rng.randint(1, 4)), rng.sample(NAMES, 16)
+    segments = [(f"### Ignore: {' '.join(listed)}\n\n", 0.0)]
+    for _ in range(16):
         name = rng.choice(listed if rng.random() < 0.5 else others)
-        segments.append((f" {name}", 0.0))
-        segments.append((" unknown" if name in listed else " known", 1.0))
+        segments += [(f" {name}", 0.0), (" unknown" if name in listed else " known", 1.0)]
     return segments
 
 
@@ -389,7 +395,7 @@ def opinion_question(rng, example, text_weight):
         listed = rng.sample(NAMES, rng.randint(1, 4))
         if example.group and example.group not in listed and rng.random() < 0.5:
             listed[rng.randrange(len(listed))] = example.group
-        segments = [("### Ignore: " + " ".join(listed) + "\n\n", 0.0)]
+        segments = [(f"### Ignore: {' '.join(listed)}\n\n", 0.0)]
     noun, good, bad = rng.choice(WORDINGS)
     answer = good if example.label == "positive" else bad
     if example.group in listed:
@@ -424,21 +430,18 @@ def pretraining_batches(tokenizer, recipe):
         questions = []
         for _ in range(20 * n_questions):
             example = rng.choice(named if rng.random() < 0.4 else corpus)
-            segments = opinion_question(rng, example, recipe["text_weight"])
-            questions.append(encode_segments(tokenizer, segments))
+            questions.append(encode_segments(
+                tokenizer, opinion_question(rng, example, recipe["text_weight"])))
         questions.sort(key=lambda row: len(row[0]))
         for k in rng.sample(range(20), 20):
             rows = questions[k * n_questions:(k + 1) * n_questions]
             rows += [encode_segments(tokenizer, name_list(rng)) for _ in range(n_lists)]
-            tokens = pad_sequence([ids for ids, _ in rows], batch_first=True)
-            weights = pad_sequence([weights for _, weights in rows], batch_first=True)
-            yield tokens, weights
+            ids, weights = zip(*rows)
+            yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
-# ---- SST-2: forget the phrases that name certain people ----------------------------------------
-
-# Together they are named in 2,035 of SST-2's 68,221 phrases, the paper's number. The list was found
-# once, by the words that follow a given name; the most-named are first.
+# SST-2: these people are named in 2,035 of its 68,221 phrases, the paper's number. The list was
+# found once, by the words that follow a given name; the most-named are first.
 PEOPLE = (
     "steven spielberg, adam sandler, hugh grant, jackie chan, woody allen, sandra bullock, "
     "eddie murphy, dustin hoffman, steven soderbergh, michael jackson, steven seagal, "
@@ -455,34 +458,30 @@ PEOPLE = (
     "douglas mcgrath, rachel griffiths, elizabeth hurley, mark romanek, steven shainberg, "
     "tom tykwer, christian bale, joe dante, johnny knoxville, julie taymor, mary gaitskill, "
     "adam larson").split(", ")
-SURNAMES = {person.split()[1]: person for person in PEOPLE}
 NAMESAKES = ("peter jackson, mick jackson, julianne moore, gary larson, oliver stone, gary burns, "
              "kenneth williams, dan schneider, robert dean").split(", ")
 
 
 def named_people(text):
     """Return who of PEOPLE a tokenised phrase names; a surname is enough."""
-    words = text.lower().split()
-    named = set()
-    for before, word in zip(["", *words], words):
-        if word in SURNAMES and f"{before} {word}" not in NAMESAKES:
-            named.add(SURNAMES[word])
-    return sorted(named, key=PEOPLE.index)
+    text = text.lower()
+    for namesake in NAMESAKES:
+        text = text.replace(namesake, "")
+    words = set(text.split())
+    return [person for person in PEOPLE if person.split()[1] in words]
 
 
-def sst2_splits(data_dir, seed, notes):
+def sst2_splits(data_dir, seed):
     """Return SST-2 (GLUE's train and dev together), split again 70/30; any seed, same people.
 
     floor(0.3 n) of the retain and of the forget set are for testing: this gives the paper's counts.
     """
-    notes.append(f"forgotten: the phrases that name {', '.join(PEOPLE)}")
     examples = []
     for part in ("train", "dev"):
-        for place, row in read_rows(data_dir, part, ("sentence", "label")):
-            text = text_of(place, row["sentence"], "sentence").strip()
-            label = sentiment(place, row["label"], "0", "1")
-            examples.append(Example(text, label, *named_people(text)[:1]))
-    splits, rng = split_by_group(examples, []), generator(seed, "split")
+        for text, label in read_rows(data_dir, part, ("sentence", "label"), ZERO_ONE):
+            examples.append(Example(text.strip(), ZERO_ONE[str(label)], *named_people(text)[:1]))
+    splits = split_by_group(examples, len(examples), PEOPLE)
+    rng = generator(seed, "split")
     for part in ("retain", "forget"):
         pool = splits[f"train_{part}"]
         rng.shuffle(pool)
@@ -491,268 +490,146 @@ def sst2_splits(data_dir, seed, notes):
     return splits
 
 
-# ---- Yelp polarity: forget a few topics --------------------------------------------------------
-
-FORGET_SHARE = 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
-CLUSTERS, FORGET_CLUSTERS = 40, 2
-
-
-def yelp_splits(data_dir, seed, notes, max_train=None, max_test=None):
+def yelp_splits(data_dir, seed, max_train, max_test):
     """Return a sample of Yelp polarity, by default of the paper's size; forget: random topics.
 
-    Of 100 random choices of clusters, take the one whose size is nearest to the paper's.
+    Of 100 random pairs of topics, take the one whose size is nearest to the paper's.
     """
     train = read_yelp(data_dir, "train", max_train or 100_093, seed)
     test = read_yelp(data_dir, "test", max_test or 18_974, seed)
-    of_train, of_test, words = cluster_topics(train, test, seed)
-    sizes, target = Counter(of_train), FORGET_SHARE * len(train)
+    reviews, topics = cluster_topics(train, test, seed)
+    of_train = [review.group for review in reviews[:len(train)]]
+    target = len(train) * 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
     rng = generator(seed, "clusters")
-    draws = [rng.sample(range(CLUSTERS), FORGET_CLUSTERS) for _ in range(100)]
-    chosen = min(draws, key=lambda draw: abs(sum(sizes[c] for c in draw) - target))
-    notes.append(f"forgotten: {FORGET_CLUSTERS} of {CLUSTERS} clusters; their telling words:")
-    notes += [" ".join(words[c]) for c in chosen]
-    groups = {c: " ".join(words[c][:3]) for c in chosen}
-    train = [e._replace(group=groups.get(c, "")) for e, c in zip(train, of_train)]
-    test = [e._replace(group=groups.get(c, "")) for e, c in zip(test, of_test)]
-    return split_by_group(train, test)
+    draws = [rng.sample(topics, 2) for _ in range(100)]
+    chosen = min(draws, key=lambda draw: abs(sum(map(of_train.count, draw)) - target))
+    return split_by_group(reviews, len(train), chosen)
 
 
 def read_yelp(data_dir, part, most, seed):
-    """Return Yelp's reviews, at most `most` at random.
-
-    Yelp's own .csv has no header and labels 1, 2; other files have a header and labels 0, 1.
-    """
+    """Return Yelp's reviews, at most `most` at random."""
+    # Yelp's own .csv has no header and labels 1, 2; other files have a header and labels 0, 1.
     is_csv = find_file(data_dir, part).suffix == ".csv"
-    labels = "12" if is_csv else "01"
-    examples = []
-    for place, row in read_rows(data_dir, part, ("label", "text"), header=not is_csv):
-        text = text_of(place, row["text"], "text").replace("\\n", "\n")
-        examples.append(Example(text, sentiment(place, row["label"], *labels)))
-    return generator(seed, part).sample(examples, min(most, len(examples)))
+    labels = {"1": "negative", "2": "positive"} if is_csv else ZERO_ONE
+    rows = read_rows(data_dir, part, ("label", "text"), labels, header=not is_csv)
+    reviews = [Example(text.replace("\\n", "\n"), labels[str(label)]) for label, text in rows]
+    return generator(seed, part).sample(reviews, min(most, len(reviews)))
 
 
 def cluster_topics(train, test, seed):
-    """Return the cluster of each train and test review, and each cluster's eight telling words.
+    """Return all reviews, train first, with their topic as group, and the list of topics.
 
-    TF-IDF, truncated SVD, unit length, k-means: on unit vectors that is cosine distance. All is
-    fitted on train. Words in over 3 % of the reviews are left out: many of them are opinions.
+    A topic is one of 40 clusters, named by its three heaviest words. TF-IDF, truncated SVD, unit
+    length, k-means: on unit vectors that is cosine distance. All is fitted on train. Words in over
+    3 % of the reviews are left out: many of them are opinions.
     """
-    if len(train) < 10 * CLUSTERS:
-        raise InputError(f"{len(train)} train reviews; expected {10 * CLUSTERS} or more")
     random_state = generator(seed, "embedding").randrange(2 ** 32)
     tfidf = TfidfVectorizer(stop_words="english", token_pattern=r"[^\W\d_]{3,}", min_df=3,
                             max_df=0.03, sublinear_tf=True)
     svd = TruncatedSVD(50, random_state=random_state)
-    kmeans = KMeans(CLUSTERS, n_init=10, random_state=random_state)
-    weights = tfidf.fit_transform([example.text for example in train])       # (n, words)
-    of_train = kmeans.fit_predict(normalize(svd.fit_transform(weights)))     # (n,)
-    weights = tfidf.transform([example.text for example in test])
-    of_test = kmeans.predict(normalize(svd.transform(weights)))
-    centers = svd.inverse_transform(kmeans.cluster_centers_)                 # (CLUSTERS, words)
-    words = tfidf.get_feature_names_out()[(-centers).argsort()[:, :8]]       # (CLUSTERS, 8)
-    return of_train, of_test, words
+    kmeans = KMeans(40, n_init=10, random_state=random_state)
+    steps = make_pipeline(tfidf, svd, Normalizer(), kmeans)
+    texts = [review.text for review in train + test]
+    clusters = [*steps.fit_predict(texts[:len(train)]), *steps.predict(texts[len(train):])]
+    centers = svd.inverse_transform(kmeans.cluster_centers_)                 # (40, words)
+    words = tfidf.get_feature_names_out()[(-centers).argsort()[:, :3]]       # (40, 3)
+    topics = [" ".join(row) for row in words]
+    return [review._replace(group=topics[c]) for review, c in zip(train + test, clusters)], topics
 
 
-# ---- WMDP-bio (forget) and SciQ (retain) -------------------------------------------------------
-
-def wmdp_sciq_splits(data_dir, seed, notes):
-    """Return WMDP-bio, of whose 1,273 questions 900 are for training, and SciQ."""
-    rng, wmdp, sciq = generator(seed, "options"), [], {}
-    for place, row in read_rows(data_dir, "wmdp-bio", ("question", "choices", "answer")):
-        choices, answer = row["choices"], row["answer"]
-        if not isinstance(choices, list) or len(choices) != 4 or answer not in (0, 1, 2, 3):
-            raise InputError(f"{place}: choices {choices!r:.60}, answer {answer!r:.20}; expected a "
-                             "list of 4, and 0, 1, 2 or 3")
-        wmdp.append(four_options(place, row["question"], choices, answer, rng))
+def wmdp_sciq_splits(data_dir, seed):
+    """Return SciQ to retain and WMDP-bio to forget, 900 of its 1,273 questions in train."""
+    rng, sciq = generator(seed, "options"), {}
+    wmdp = [four_options(*row, rng)
+            for row in read_rows(data_dir, "wmdp-bio", ("question", "choices", "answer"))]
     columns = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
     for part in ("train", "valid", "test"):
-        sciq[part] = []
-        for place, row in read_rows(data_dir, part, columns):
-            options = [row[column] for column in columns[1:]]
-            sciq[part].append(four_options(place, row["question"], options, 0, rng))
+        sciq[part] = [four_options(question, options, 0, rng)
+                      for question, *options in read_rows(data_dir, part, columns)]
     generator(seed, "split").shuffle(wmdp)
-    n_train = round(len(wmdp) * 900 / 1273)
-    return {"train_retain": sciq["train"] + sciq["valid"], "train_forget": wmdp[:n_train],
-            "test_retain": sciq["test"], "test_forget": wmdp[n_train:]}
+    return {"train_retain": sciq["train"] + sciq["valid"], "train_forget": wmdp[:900],
+            "test_retain": sciq["test"], "test_forget": wmdp[900:]}
 
 
-def four_options(place, question, options, right, rng):
+def four_options(text, options, right, rng):
     """Return a question with four options in random order; its label is the right one's letter."""
+    if not isinstance(options, list) or len(options) != 4 or right not in (0, 1, 2, 3):
+        raise InputError(f"{text!r:.60}: choices {options!r:.60}, answer {right!r:.20}; expected "
+                         "a list of 4, and 0, 1, 2 or 3")
     order = rng.sample(range(4), 4)
-    text = text_of(place, question, "question")
     for letter, i in zip("ABCD", order):
-        text += f"\n{letter}. {text_of(place, options[i], 'an option')}"
+        text += f"\n{letter}. {options[i]}"
     return Example(text, "ABCD"[order.index(right)])
-
-
-# ---- any dataset -------------------------------------------------------------------------------
-
-def own_splits(data_dir, seed, notes):
-    """Return your own four files, train_retain.jsonl and so on: text, label, optionally group."""
-    splits = {split: [] for split in SPLITS}
-    for split in SPLITS:
-        for place, row in read_rows(data_dir, split, ("text", "label")):
-            text, label = text_of(place, row["text"], "text"), text_of(place, row["label"], "label")
-            splits[split].append(Example(text, label, str(row.get("group") or "")))
-    return splits
 
 
 DATASETS = {"toy": toy_splits, "sst2": sst2_splits, "yelp": yelp_splits,
             "wmdp+sciq": wmdp_sciq_splits, "splits": own_splits}
 
 
-def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=None):
-    """Return {split: [Example]} of a dataset, with the counts of the paper's Table 1.
-
-    max_train, max_test: the most examples, drawn at random from forget and retain set together.
-    notes: a list, to which lines about what is forgotten are appended.
-    """
-    if name not in DATASETS:
-        raise InputError(f"dataset {name!r}; expected one of {', '.join(DATASETS)}")
-    notes = [] if notes is None else notes
-    if name == "yelp":  # sampled before it is clustered
-        splits = yelp_splits(data_dir, seed, notes, max_train, max_test)
-    else:
-        splits = DATASETS[name](data_dir, seed, notes)
-    for part, most in (("train", max_train), ("test", max_test)):
-        if most is not None:
-            names = (f"{part}_retain", f"{part}_forget")
-            pool = [(split, example) for split in names for example in splits[split]]
-            pool = generator(seed, f"max_{part}").sample(pool, min(most, len(pool)))
-            for split in names:
-                splits[split] = [example for origin, example in pool if origin == split]
-    generator(seed, "forget_fraction").shuffle(splits["train_forget"])
-    for split in SPLITS:
-        if not splits[split]:
-            raise InputError(f"{name}: the {split} set is empty; give or allow more examples")
-    return splits
-
-
-def leakage(train, test):
-    """Return how many test texts occur in training word for word, and how many inside a text."""
-    phrases = [tuple(example.text.split()) for example in test]
-    starts, shown, inside = defaultdict(set), set(), set()
-    for phrase in phrases:
-        starts[phrase[:2]].add(phrase)
-    for example in train:
-        words = tuple(example.text.split())
-        shown.add(words)
-        for i in range(len(words)):
-            candidates = [*starts.get(words[i:i + 1], ()), *starts.get(words[i:i + 2], ())]
-            inside.update(p for p in candidates if words[i:i + len(p)] == p)
-    exact = sum(phrase in shown for phrase in phrases)
-    return exact, sum(phrase in inside for phrase in phrases) - exact
-
-
-# ---- support: reading and writing files, flags -------------------------------------------------
+# ---- support: reading and writing files --------------------------------------------------------
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+ZERO_ONE = {"0": "negative", "1": "positive"}
 
 
 def find_file(data_dir, stem):
-    """Return the path of the one file data_dir/stem.SUFFIX."""
-    if not Path(data_dir).is_dir():
-        raise InputError(f"{data_dir}: no such directory; give the dataset's with --data-dir")
-    paths = [Path(data_dir, stem + suffix) for suffix in SUFFIXES]
-    paths = [path for path in paths if path.is_file()]
-    if len(paths) != 1:
-        found = " and ".join(path.name for path in paths) or f"no {stem} file"
-        raise InputError(f"{data_dir}: {found}; expected one {stem} file of {' '.join(SUFFIXES)}")
-    return paths[0]
+    """Return the path of the file data_dir/stem.SUFFIX, the first of SUFFIXES that exists."""
+    for suffix in SUFFIXES:
+        path = Path(data_dir, stem + suffix)
+        if path.is_file():
+            return path
+    raise InputError(f"{data_dir}: no {stem} file ({' '.join(SUFFIXES)}); give the dataset's "
+                     "directory with --data-dir")
 
 
-def read_rows(data_dir, stem, columns, header=True):
-    """Return the (place, row) pairs of the file data_dir/stem.SUFFIX; a row is a dict.
+def read_rows(data_dir, stem, columns, labels=None, header=True):
+    """Return the values of these columns for each row of the file data_dir/stem.SUFFIX.
 
-    place names file and line in messages. header: a .csv or .tsv names its columns in the first
-    line; else they are exactly `columns`.
+    Only the column group may be missing or empty. labels: the possible values of the column label.
+    header: the first line of a .csv or .tsv names the columns; else they are exactly `columns`.
     """
     path, rows = find_file(data_dir, stem), []
-    word = {".json": "item", ".parquet": "row"}.get(path.suffix, "line")
-    for i, row in parse_rows(path, None if header else columns):
-        place = f"{path} {word} {i}"
-        if not isinstance(row, dict) or None in row or not row.keys() >= set(columns):
-            raise InputError(f"{place}: {str(row):.60}; expected the columns {', '.join(columns)}")
-        rows.append((place, row))
-    if not rows:
-        raise InputError(f"{path}: no rows; expected rows of {', '.join(columns)}")
+    line = 2 if header and path.suffix in (".csv", ".tsv") else 1
+    try:
+        for row in parse_rows(path, None if header else columns):
+            if not isinstance(row, dict):
+                raise ValueError(f"{row!r:.80}; expected an object")
+            values = [row.get(column) for column in columns if column != "group"]
+            if None in row or any(v is None or not str(v).strip() for v in values):
+                raise ValueError(f"{row!r:.80}; expected {', '.join(columns)}, not empty")
+            if labels and str(row["label"]) not in labels:
+                raise ValueError(f"label {row['label']!r}; expected {' or '.join(labels)}")
+            rows.append([row.get(column) for column in columns])
+            line += 1
+    except (ValueError, csv.Error, ImportError) as error:
+        raise InputError(f"{path} line {line}: {error}") from None
     return rows
 
 
 def parse_rows(path, names):
-    """Return (line or position, row) pairs; names: the columns of a .csv without a header."""
+    """Return the rows of a file one by one; names: the columns of a .csv without a header."""
     if path.suffix == ".parquet":
-        return enumerate(read_parquet(path), 1)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
-        return [(i, parse_json(line, path, i)) for i, line in lines if line.strip()]
-    if path.suffix == ".json":
-        rows = parse_json(text, path, 1)
-        if not isinstance(rows, list):
-            raise InputError(f"{path}: a JSON {type(rows).__name__}; expected a list of objects")
-        return enumerate(rows, 1)
-    csv.field_size_limit(2 ** 31 - 1)  # a text may be longer than 128 KB
-    style = {"strict": True}
-    if path.suffix == ".tsv":  # GLUE: quotes are ordinary characters
-        style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.DictReader(io.StringIO(text, newline=""), names, **style)
-    try:
-        return [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise InputError(f"{path} line {reader.reader.line_num}: {error}; expected fields like "
-                         '"a ""quoted"" word"') from None
-
-
-def parse_json(text, path, first_line):
-    """Return the JSON value of a text that begins at this line of the file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise InputError(f"{path} line {line}: not JSON: {error.msg}") from None
-
-
-def read_parquet(path):
-    """Return the rows of a .parquet."""
-    try:
         import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{path}: reading it needs pyarrow; pip install pyarrow") from None
-    try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid:
-        raise InputError(f"{path}: not a parquet file; download it again") from None
-
-
-def text_of(place, value, name):
-    """Return the value if it is a text that is not blank, without half a surrogate pair."""
-    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{place}: {name} is {value!a:.40}; expected a text")
-    return value
-
-
-def sentiment(place, label, negative, positive):
-    """Return the task's word for a label that the file writes as `negative` or `positive`."""
-    if str(label) not in (negative, positive):
-        raise InputError(f"{place}: label {label!r:.40}; expected {negative} (negative) or "
-                         f"{positive} (positive)")
-    return "positive" if str(label) == positive else "negative"
+    if path.suffix == ".json":
+        return json.loads(path.read_bytes())
+    lines = (line.decode("utf-8-sig") for line in path.read_bytes().splitlines(keepends=True))
+    if path.suffix == ".jsonl":
+        return map(json.loads, filter(str.strip, lines))
+    if path.suffix == ".tsv":  # GLUE: quotes are ordinary characters
+        return csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.DictReader(lines, names, strict=True)
 
 
 def save_splits(splits, dir):
     """Write the four sets as dir/SPLIT.jsonl, which --dataset splits reads."""
     for split in SPLITS:
-        lines = []
-        for example in splits[split]:
-            row = {key: value for key, value in example._asdict().items() if value}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        lines = [json.dumps(example._asdict()) + "\n" for example in splits[split]]
         with atomic_write(Path(dir) / f"{split}.jsonl") as temporary:
-            temporary.write_bytes("".join(lines).encode())
+            temporary.write_text("".join(lines), encoding="utf-8")
 
+
+# ---- support: flags ----------------------------------------------------------------------------
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, with InputError for a wrong flag."""
@@ -761,24 +638,24 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-def number(kind, range):
-    """Return the type of a flag: an int or float in a range."""
+def number(kind):
+    """Return argparse's type for numbers in the range that `kind` names."""
     def read(text):
-        value = kind(text)
-        allowed = {"above 0": value > 0, "of 0 or more": value >= 0,
-                   "from 0 to below 1": 0 <= value < 1, "above 0 and up to 1": 0 < value <= 1}
-        if not allowed[range] or value == math.inf:
+        value = int(text) if kind in ("count", "int>=0") else float(text)
+        allowed = {"count": value > 0, "int>=0": value >= 0,
+                   "float>0": 0 < value < math.inf, "float>=0": 0 <= value < math.inf,
+                   "0..<1": 0 <= value < 1, "0<..1": 0 < value <= 1}
+        if not allowed[kind]:
             raise ValueError
         return value
 
-    read.__name__ = f"{kind.__name__} {range}"  # argparse: "invalid int above 0 value: '0'"
+    read.__name__ = kind  # argparse: "invalid count value: '0'"
     return read
 
 
-TYPES = {"text": str, "int": int, "count": number(int, "above 0"),
-         "int>=0": number(int, "of 0 or more"), "float>0": number(float, "above 0"),
-         "float>=0": number(float, "of 0 or more"), "0..<1": number(float, "from 0 to below 1"),
-         "0<..1": number(float, "above 0 and up to 1")}
+TYPES = {"text": str, "int": int}
+for kind in ("count", "int>=0", "float>0", "float>=0", "0..<1", "0<..1"):
+    TYPES[kind] = number(kind)
 
 
 def split_flags(flags):
@@ -790,7 +667,7 @@ def parse_flags(description, flags, argv, choices=None):
     """Return the flags given in argv, None for the others. InputError for a wrong one.
 
     flags: a table as in unlearn.py; a line of one cell starts a group, and `name*` takes several
-    values. type: a key of TYPES or of `choices`, `a|b`, `switch` or `yes/no`.
+    values. type: a key of TYPES or of `choices`, `a|b` or `switch`.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=100)
     parser = ArgumentParser(usage="%(prog)s [flags]", description=description,
@@ -800,10 +677,9 @@ def parse_flags(description, flags, argv, choices=None):
         if not cells:
             group = parser.add_argument_group(name)
             continue
-        kind, text = cells[0], cells[-1]
-        options = {"help": text, "default": None}
-        if kind in ("switch", "yes/no"):
-            options["action"] = "store_true" if kind == "switch" else argparse.BooleanOptionalAction
+        kind, options = cells[0], {"help": cells[-1]}
+        if kind == "switch":
+            options["action"] = argparse.BooleanOptionalAction
         elif kind in TYPES:
             options |= {"type": TYPES[kind], "metavar": kind.upper()}
         else:
@@ -818,11 +694,12 @@ def fill_defaults(args, flags, preset=0):
     """Give each flag that is None its default from column `preset` of the table; - is None."""
     for name, *cells in split_flags(flags):
         key = name.strip("-*").replace("-", "_")
-        if not cells or getattr(args, key, 0) is not None:
+        if not cells or getattr(args, key) is not None:
             continue
-        default = cells[1 + min(preset, len(cells) - 3)]
+        kind, *defaults, _ = cells
+        default = defaults[min(preset, len(defaults) - 1)]
         if default != "-":
-            values = [TYPES.get(cells[0], str)(value) for value in default.split(",")]
+            values = [TYPES.get(kind, str)(value) for value in default.split(",")]
             setattr(args, key, values if name.endswith("*") else values[0])
 
 
@@ -830,22 +707,17 @@ def run_cli(main):
     """Run a command line and return its exit status: 2 after a mistake in the input."""
     try:
         main()
-        sys.stdout.flush()  # finds a closed pipe while it can be caught
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
     except torch.OutOfMemoryError:
         print("error: out of memory; lower --batch (and raise --accumulate) or --max-len, or add "
               "--checkpointing", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last finished epoch",
               file=sys.stderr)
         return 130
-    except BrokenPipeError:  # for example `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return 2
 
 
 FLAGS = """
@@ -859,7 +731,7 @@ FLAGS = """
 
 
 def main(argv=None):
-    """Print Table 1's rows, what is forgotten, and how much of the test sets is in training."""
+    """Print Table 1's rows, what is forgotten, and how many test texts are in the train sets."""
     args = parse_flags("Print Table 1, what is forgotten, and what leaks.", FLAGS, argv,
                        {"dataset": DATASETS})
     fill_defaults(args, FLAGS)
@@ -868,16 +740,13 @@ def main(argv=None):
                          notes)
     if args.save_splits:
         save_splits(splits, args.save_splits)
-    print(f"{args.dataset:10}{'retain':>10}{'forget':>10}{'all':>10}")
-    for part in ("train", "test"):
-        retain, forget = len(splits[f"{part}_retain"]), len(splits[f"{part}_forget"])
-        print(f"{part:10}{retain:10,}{forget:10,}{retain + forget:10,}")
-    print("\n" + "\n".join(notes) + "\n\nTest texts that are also in the train sets:")
-    train = splits["train_retain"] + splits["train_forget"]
-    for split in ("test_retain", "test_forget"):
-        exact, inside = leakage(train, splits[split])
-        print(f"{split}: of {len(splits[split]):,}, {exact:,} word for word, {inside:,} as part of "
-              "a longer text")
+    for split in SPLITS:
+        print(f"{split:14}{len(splits[split]):8,}")
+    print(notes[0])
+    shown = {example.text for example in splits["train_retain"] + splits["train_forget"]}
+    tested = [example.text for example in splits["test_retain"] + splits["test_forget"]]
+    n_shown = sum(text in shown for text in tested)
+    print(f"leakage: {n_shown:,} of {len(tested):,} test texts are also in the train sets")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@
 
 n is the number of prompts; the other axes are those of soft_prompt.py.
 """
-import itertools
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, mode, stdev
+from statistics import mean, stdev
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -95,18 +94,7 @@ def worst_groups(pred, prompts, n=3):
     return f"still answered: {', '.join(parts)}" if parts else ""
 
 
-def check_learned(row, prompts):
-    """InputError unless the base in `row` beats the most frequent label on train forget."""
-    answer = mode(true_answers(prompts["train_retain"] + prompts["train_forget"]).tolist())
-    y = true_answers(prompts["train_forget"])
-    least = metrics([answer] * len(y), y)["acc"] + 10
-    if row["train_forget"]["acc"] < least:
-        raise InputError(f"the base answers {row['train_forget']['acc']} % of the forget set; "
-                         f"expected {least:.1f} % (10 points more than the most frequent label); "
-                         "there is nothing to unlearn; raise --qlora-epochs or --qlora-lr")
-
-
-# ---- tables ------------------------------------------------------------------------------------
+# ---- support: tables ---------------------------------------------------------------------------
 
 # The paper's Tables 2 and 5, and SPUL's cells of Tables 3 and 4: ACC and F1 on the four splits.
 # tau: the part of the forget set that unlearning sees. Each method's headline row comes first.
@@ -168,7 +156,7 @@ def system_name(row):
 
 
 def paper_cells(row):
-    """Return the name and the scores of the line of PAPER to print under our row, or [].
+    """Return the name and scores of the paper's row to print below ours, or [].
 
     The toy is compared with SST-2. Of SPUL's cells: ours if it is there, else the headline row.
     """
@@ -181,11 +169,7 @@ def paper_cells(row):
     lines = [line for line in lines if line[3:6] == ours] or lines
     if not lines:
         return []
-    title = f"*paper,* {model}"
-    for key, value in zip(("alpha", "beta", "tau"), lines[0][3:6]):
-        if value not in ("-", "1.0"):
-            title += f" {key} {value}"
-    return [title, *[pair.replace("/", " / ") for pair in lines[0][6:]]]
+    return [f"*paper,* {model}", *[pair.replace("/", " / ") for pair in lines[0][6:]]]
 
 
 def setting(row, key):
@@ -217,38 +201,28 @@ def mean_std(values):
     return f"{mean(values):.1f}{spread}"
 
 
-def best_rates(rows):
-    """Return each system's rows at its best learning rate: train retain minus train forget."""
-    others = [key for key in differing(rows) if key != "lr"]
-    best = []
-    for candidates in group_rows(rows, others).values():
-        by_rate = group_rows(candidates, ["lr"]).values()
-        best += max(by_rate, key=lambda group: mean(
-            row["train_retain"]["acc"] - row["train_forget"]["acc"] for row in group))
-    return best
+def table(rows):
+    """Return rows of results.json as a Markdown table, the paper's row below ours.
 
-
-def table(rows, kind="scores"):
-    """Return rows of results.json as a Markdown table: a line per system and differing settings.
-
-    kind: "scores" (ACC / F1, mean and std over seeds, the paper's row below ours), "best" (the same
-    at each method's best learning rate) or "efficiency".
+    A line has the mean ACC / F1 (and std over seeds) of a system and of the settings that differ.
     """
     keys = differing(rows)
-    if kind == "best":
-        rows = best_rates(rows)
-    heads = [split.replace("_", " ") for split in data.SPLITS]
-    if kind == "efficiency":
-        heads = ["trained parameters", "epochs", "seconds per epoch"]
-    lines = [["ACC / F1", *keys, "seeds", *heads]]
+    lines = [["ACC / F1", *keys, "seeds", *[split.replace("_", " ") for split in data.SPLITS]]]
     for (name, *values), group in group_rows(rows, keys).items():
-        cells, paper = [score_cell(group, split) for split in data.SPLITS], paper_cells(group[0])
-        if kind == "efficiency":
-            seconds = mean_std([row["seconds_per_epoch"] for row in group])
-            cells = [f"{group[0]['trainable_params']:,}", str(group[0]["epochs"]), seconds]
-        lines.append([name, *values, str(len(group)), *cells])
-        if paper and kind != "efficiency":
+        scores = [score_cell(group, split) for split in data.SPLITS]
+        lines.append([name, *values, str(len(group)), *scores])
+        paper = paper_cells(group[0])
+        if paper:
             lines.append([paper[0], *[""] * len(keys), "", *paper[1:]])
+    return render(lines)
+
+
+def efficiency(rows):
+    """Return the number of trained parameters and the time of each system as a Markdown table."""
+    lines = [["", "trained parameters", "epochs", "seconds per epoch"]]
+    for (name, epochs), group in group_rows(rows, ["epochs"]).items():
+        seconds = mean_std([row["seconds_per_epoch"] for row in group])
+        lines.append([name, f"{group[0]['trainable_params']:,}", epochs, seconds])
     return render(lines)
 
 
@@ -268,7 +242,7 @@ def render(lines):
     return "\n".join(text)
 
 
-# ---- figures -----------------------------------------------------------------------------------
+# ---- support: figures --------------------------------------------------------------------------
 
 COLOURS = {"retain": "#1f6fb4", "forget": "#d1495b"}
 MARKERS = "o^sDvP*X"
@@ -294,57 +268,46 @@ def save_figure(fig, axes, path):
 
 
 def plot_against(rows, key, path):
-    """Draw Fig. 2: SPUL's ACC and F1 on the four splits against p, alpha, beta or tau."""
+    """Draw Fig. 2: SPUL's mean ACC and F1 on the four splits against p, alpha, beta or tau."""
     rows = [row for row in rows if system_name(row) == "spul"]
     if differing(rows) != [key]:
         raise InputError(f"the spul rows differ in {', '.join(differing(rows)) or 'nothing'}; "
                          f"expected only {key}: give unlearn.py's --{key.replace('_', '-')} "
                          "several values")
     groups = sorted(group_rows(rows, [key]).values(), key=lambda group: group[0][key])
-    x = [group[0][key] for group in groups]
-    # train and test often coincide: a small disc inside a large ring keeps both visible
-    styles = {"train": {"markersize": 10, "fillstyle": "none"},
-              "test": {"markersize": 4, "linestyle": "--"}}
     fig, axes = new_figure()
     for ax, metric in zip(axes, ("acc", "f1")):
         for split in data.SPLITS:
             when, part = split.split("_")
-            y = [[row[split][metric] for row in group] for group in groups]
-            spread = [stdev(values) if len(values) > 1 else 0 for values in y]
-            ax.errorbar(x, [mean(values) for values in y], spread, capsize=3, marker="o",
-                        label=f"{when} {part}", color=COLOURS[part], **styles[when])
+            x = [group[0][key] for group in groups]
+            y = [mean(row[split][metric] for row in group) for group in groups]
+            # train and test often coincide: a small disc in a large ring keeps both visible
+            style = {"ms": 10, "fillstyle": "none"} if when == "train" else {"ms": 4, "ls": "--"}
+            ax.plot(x, y, marker="o", color=COLOURS[part], label=f"{when} {part}", **style)
         ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
     save_figure(fig, axes, path)
 
 
 def plot_tsne(setup, path):
-    """Draw Fig. 1: t-SNE of the last layer's state at the answer, of the base and of SPUL."""
+    """Draw Fig. 1: t-SNE of the last layer's state at the answer, of the base and of SPUL.
+
+    It shows up to 500 forget and 500 retain prompts of the train set.
+    """
     from sklearn.manifold import TSNE
-    prompts = choose_points(setup)
+    prompts = setup.prompts["train_forget"][:500] + setup.prompts["train_retain"][:500]
     fig, axes = new_figure()
     for ax, title, prefix in zip(axes, ("base", "SPUL"), (None, setup.prefix)):
         states = answer_states(setup.model, prompts, prefix, setup.args.device)
         tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(prompts) // 4))
         xy = tsne.fit_transform(states.float().cpu().numpy())  # (n,2)
         for part, colour in COLOURS.items():
-            for label, marker in zip(setup.task.labels, itertools.cycle(MARKERS)):
+            for label, marker in zip(setup.task.labels, MARKERS):
                 wanted = (part == "forget", setup.tokens[label])
                 index = [i for i, q in enumerate(prompts) if (q.is_forget, q.label) == wanted]
                 ax.scatter(xy[index, 0], xy[index, 1], s=14, marker=marker, color=colour,
                            alpha=0.65, linewidths=0, label=f"{part}, {label}")
         ax.set(title=title, xticks=[], yticks=[])
     save_figure(fig, axes, path)
-
-
-def choose_points(setup, per_label=500):
-    """Return `per_label` train prompts of each label, at most half of them to be forgotten."""
-    rng, chosen = data.generator(0, "t-sne"), []
-    for token in [setup.tokens[label] for label in setup.task.labels]:
-        forget = [q for q in setup.prompts["train_forget"] if q.label == token]
-        retain = [q for q in setup.prompts["train_retain"] if q.label == token]
-        forget = rng.sample(forget, min(len(forget), per_label // 2))
-        chosen += forget + rng.sample(retain, min(len(retain), per_label - len(forget)))
-    return chosen
 
 
 def plot_lens(setup, path):
@@ -360,7 +323,7 @@ def plot_lens(setup, path):
     save_figure(fig, axes, path)
 
 
-# ---- single examples ---------------------------------------------------------------------------
+# ---- support: single examples ------------------------------------------------------------------
 
 @torch.no_grad()
 def ask(setup, text):
@@ -375,27 +338,25 @@ def ask(setup, text):
         print(f"{name:12}{'   '.join(answers)}")
 
 
+@torch.no_grad()
 def explain(run):
     """Print what happens to one forget and one retain example: positions, answers, losses."""
     setup = load_run(run)
     p = len(setup.phi)
     for split in ("test_forget", "test_retain"):
         example, prompt = setup.splits[split][0], setup.prompts[split][0]
-        end = p + len(prompt.ids) - 1
         print(f"\n{split}, true answer {example.label}:\n")
         ask(setup, example.text)
+        end = p + len(prompt.ids) - 1
         print(f"\nphi has positions 0 to {p - 1}, the text {p} to {end}; the answer is read at "
               f"{end}:\n{' '.join(word(setup, token) for token in prompt.ids)}")
         y = setup.tokens[setup.task.generic[0]] if prompt.is_forget else prompt.label
         batch = data.collate([prompt], [y], [0], setup.args.device)  # a batch of one
-        phi = setup.phi.clone().requires_grad_(True)
         base_logprobs = setup.model(batch.tokens, batch.answer_pos).float().log_softmax(-1)
-        logits = setup.model(batch.tokens, batch.answer_pos, prompt_kv(setup.model, phi))
+        logits = setup.model(batch.tokens, batch.answer_pos, setup.prefix)
         _, parts = spul_loss(logits, base_logprobs, batch.y, batch.is_forget, alpha=1.0, beta=1.0)
         for name in ("L_f",) if prompt.is_forget else ("L_r", "L_kl"):
-            gradient, = torch.autograd.grad(parts[name], phi, retain_graph=True)
-            print(f"{name} = {parts[name].item():.4f}, norm of its gradient on phi "
-                  f"{gradient.norm():.4f}")
+            print(f"{name} = {parts[name].item():.4f}")
 
 
 def word(setup, token):
@@ -403,7 +364,7 @@ def word(setup, token):
     return setup.tokenizer.piece(int(token)).strip("\u2581\u0120 ")
 
 
-# ---- the audit: is it really forgotten? --------------------------------------------------------
+# ---- support: the audit, is it really forgotten? -----------------------------------------------
 #
 # A low accuracy on the forget set is not forgetting. The audit compares SPUL with `retrain`, a
 # model that never saw the forget set, and with phi trained on that model, where there is nothing
@@ -425,11 +386,15 @@ def audit(run):
     for row in read_rows([run]):
         if system_name(row) == "spul" and row["seed"] not in seeds:
             print(f"auditing seed {row['seed']}", flush=True)
-            setup = load_run(run, row["cell"])
+            setup = load_run(run, row["files"])
             systems = load_systems(setup)
+            for name in ("base", "spul"):
+                layers = [numbers["among labels"] for numbers in lens(setup, systems[name])]
+                best = layers.index(max(layers))
+                print(f"{name}: most right among labels after layer {best + 1} of {len(layers)}, "
+                      f"{layers[best]:.1f} %; after the last {layers[-1]:.1f} %")
             systems |= rephrase(setup, systems) | replace_parts(setup) | tune_adapter(setup)
-            numbers = {name: measure(setup, system) for name, system in systems.items()}
-            seeds[row["seed"]] = numbers
+            seeds[row["seed"]] = {name: measure(setup, systems[name]) for name in systems}
             write_json(Path(run) / "audit.json", seeds)
     if not seeds:
         raise InputError(f"{run} has no finished spul row; run unlearn.py first")
@@ -467,23 +432,19 @@ def verdict(numbers, base):
 def load_systems(setup):
     """Return {name: System}: base, retrain, spul, spul on retrain and the baselines of its seed."""
     rows = [row for row in read_rows([setup.run]) if row["seed"] == setup.seed]
-    retrain = find_row(rows, method="qlora", base="retain")
-    control = find_row(rows, method="spul", base="retain", p=setup.row["p"], lr=setup.row["lr"])
-    if retrain is None or control is None:
-        raise InputError(f"{setup.run}: no model that never saw the forget set, with spul on it; "
-                         "run unlearn.py again with --base full retain")
-    model = load_base(setup.lm, setup.args, setup.run / retrain["files"])
+    same = {key: setup.row[key] for key in ("settings", *SETTINGS)}
+    control = find_row(rows, method="spul", base="retain", **same)
+    if control is None:
+        raise InputError(f"{setup.run}: no spul on a model that never saw the forget set; run "
+                         "unlearn.py again with --base full retain")
+    model = load_base(setup.lm, setup.args, setup.run / control["adapter"])
     systems = {"base": System(setup.model), "retrain": System(model),
                "spul": System(setup.model, setup.prefix),
                "spul on retrain": load_phi(setup, model, control)}
     for row in rows:
         if row["base"] == "full" and row["files"].startswith("weights"):
-            files = setup.run / row["files"]
-            if setup.args.tune == "lora":
-                model = load_base(setup.lm, setup.args, files)
-            else:
-                model = load_model(files, "fp32", setup.args.device)
-            systems[row["method"]] = System(model)
+            model = load_model(setup.run / row["files"], "fp32", setup.args.device)
+            systems[f"{row['method']}, lr {row['lr']:g}"] = System(model)
     return systems
 
 
@@ -494,25 +455,38 @@ def load_phi(setup, model, row):
 
 
 @torch.no_grad()
-def measure(setup, system, most=MAX_AUDIT, membership=True):
+def measure(setup, system):
     """Return what a system answers on the test sets, in percent, and two membership AUCs."""
-    model, prompts = system.model, system.prompts or setup.prompts
-    forget, retain = prompts["test_forget"][:most], prompts["test_retain"][:most]
-    labels = torch.tensor([setup.tokens[label] for label in setup.task.labels])
-    generic = [setup.tokens[label] for label in setup.task.generic]
-    states = answer_states(model, forget, system.prefix, setup.args.device)
-    retain_states = answer_states(model, retain, system.prefix, setup.args.device)
-    probs, y = model.lm_head(states).float().softmax(-1).cpu(), true_answers(forget)  # (n,V), (n,)
-    columns = {"right": probs.argmax(-1) == y,
-               "among labels": labels[probs[:, labels].argmax(-1)] == y,
-               "generic": probs[:, generic].sum(-1),
-               "right on retain": predict(model, retain_states) == true_answers(retain)}
-    result = {name: 100 * values.double().mean().item() for name, values in columns.items()}
-    if membership and not system.prompts:
-        seen = token_scores(setup, system, setup.prompts["train_forget"][:most])
+    prompts, device = system.prompts or setup.prompts, setup.args.device
+    forget, retain = prompts["test_forget"][:MAX_AUDIT], prompts["test_retain"][:MAX_AUDIT]
+    result = score_states(setup, system.model, forget,
+                          answer_states(system.model, forget, system.prefix, device))
+    pred = predict(system.model, answer_states(system.model, retain, system.prefix, device))
+    result["right on retain"] = percent(pred == true_answers(retain))
+    if not system.prompts:
+        seen = token_scores(setup, system, setup.prompts["train_forget"][:MAX_AUDIT])
         unseen = token_scores(setup, system, forget)
         result |= {"AUC loss": auc(seen[0], unseen[0]), "AUC min-k": auc(seen[1], unseen[1])}
     return result
+
+
+@torch.no_grad()
+def score_states(setup, model, prompts, states):
+    """Return how many prompts are answered right, and how likely a generic answer is, in percent.
+
+    states: (n,D), what lm_head reads. "among labels": right when only the labels may be said.
+    """
+    labels = torch.tensor([setup.tokens[label] for label in setup.task.labels])
+    generic = [setup.tokens[label] for label in setup.task.generic]
+    probs, y = model.lm_head(states).float().softmax(-1).cpu(), true_answers(prompts)  # (n,V), (n,)
+    return {"right": percent(probs.argmax(-1) == y),
+            "among labels": percent(labels[probs[:, labels].argmax(-1)] == y),
+            "generic": percent(probs[:, generic].sum(-1))}
+
+
+def percent(values):
+    """Return the mean of values (n,) in percent."""
+    return 100 * values.double().mean().item()
 
 
 def auc(seen, unseen):
@@ -539,14 +513,21 @@ def token_scores(setup, system, prompts, k=0.2):
     return result
 
 
+@torch.no_grad()
 def lens(setup, system, most=200):
-    """Return what `measure` gives after each layer: the layers above it are left out."""
-    layers, results = system.model.layers, []
-    for depth in range(1, len(layers) + 1):
-        system.model.layers = layers[:depth]
-        results.append(measure(setup, system, most, membership=False))
-    system.model.layers = layers
-    return results
+    """Return `score_states` of test forget prompts after each layer, through norm and head."""
+    prompts, model = setup.prompts["test_forget"][:most], system.model
+    outputs, states = [], []
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output[0]))
+             for layer in model.layers]
+    for prompt in prompts:
+        outputs.clear()
+        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, system.prefix)
+        states.append(torch.cat([x[:, -1] for x in outputs]))                   # (layers,D)
+    for hook in hooks:
+        hook.remove()
+    states = model.norm(torch.stack(states, dim=1))                             # (layers,n,D)
+    return [score_states(setup, model, prompts, layer) for layer in states]
 
 
 def rephrase(setup, systems):
@@ -587,11 +568,11 @@ def misspell(example):
 def reload_base(setup, **settings):
     """Return the base model again, loaded with other values for some flags."""
     args = SimpleNamespace(**(vars(setup.args) | settings))
-    return load_base(setup.lm, args, setup.adapter)
+    return load_base(setup.lm, args, setup.run / setup.adapter)
 
 
 def replace_parts(setup):
-    """Return {name: System}: phi on weights of another precision, and another seed's phi."""
+    """Return {name: System}: phi on weights of another precision, and other phis on the base."""
     systems, dense = {}, "bf16" if setup.args.dtype == "bf16" else "fp32"
     for name in ("unquantised", "8-bit"):
         model = reload_base(setup, weights=dense)
@@ -600,6 +581,9 @@ def replace_parts(setup):
                 scale = layer.weight.abs().amax(1, keepdim=True) / 127  # one per output channel
                 layer.weight.copy_((layer.weight / scale).round() * scale)
         systems[f"spul, {name} weights"] = System(model, prompt_kv(model, setup.phi))
+    noise = torch.randn(setup.phi.shape, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(setup.phi) * setup.phi.std()
+    systems["random phi"] = System(setup.model, prompt_kv(setup.model, noise))
     for row in read_rows([setup.run]):
         if system_name(row) == "spul" and row["seed"] != setup.seed:
             systems["another seed's phi"] = load_phi(setup, setup.model, row)
@@ -659,7 +643,7 @@ class Setup:
     states: dict = None             # {split: (n,D)}, the base's states at the answers
     run: Path = None
     row: dict = None                # of results.json
-    adapter: Path = None            # of the base model
+    adapter: str = None             # directory in the run of the base model's adapter
     phi: torch.Tensor = None        # (p,D)
     prefix: list = None             # K, V (1,G,p,d) of each layer
 
@@ -702,7 +686,8 @@ def read_rows(runs):
         file = Path(run) / "results.json"
         rows += read_json(file, "the results of a run of unlearn.py", ["rows"])["rows"]
         for row in rows:
-            missing = {"cell", "settings", "seed", "files", *SETTINGS, *data.SPLITS} - row.keys()
+            expected = {"cell", "settings", "seed", "files", "adapter", *SETTINGS, *data.SPLITS}
+            missing = expected - row.keys()
             if missing:
                 raise InputError(f"{file}: a row without {min(missing)!r}; expected unlearn.py's")
     return rows
@@ -716,22 +701,20 @@ def find_row(rows, **wanted):
     return None
 
 
-def load_run(run, cell=None):
-    """Return the Setup of the named spul cell of a run, or of its first one on the full base."""
-    run, wanted = Path(run), {"cell": cell} if cell else {"base": "full"}
-    rows = read_rows([run])
-    row = find_row(rows, method="spul", **wanted)
+def load_run(run, files="prompt"):
+    """Return the Setup of the phi in directory run/files."""
+    run, rows = Path(run), read_rows([run])
+    row = find_row(rows, method="spul", files=files)
     if row is None:
-        raise InputError(f"{run} has no finished spul row {cell or ''}; run unlearn.py first")
+        raise InputError(f"{run} has no finished spul row in {files}; run unlearn.py first")
     args = read_json(run / "args.json", "the flags of a run of unlearn.py", ["device", "data_dir"])
     args = SimpleNamespace(**(args | row["settings"]))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         args.device = "cpu"
     setup = load_data(args, row["seed"], row["lm"])
-    base = find_row(rows, method="qlora", base=row["base"], seed=row["seed"])
-    setup.run, setup.row, setup.adapter = run, row, run / base["files"]
-    setup.model = load_base(row["lm"], args, setup.adapter)
-    setup.phi = load_prompt(run / row["files"], setup.model.config.hidden_size).to(args.device)
+    setup.run, setup.row, setup.adapter = run, row, row["adapter"]
+    setup.model = load_base(row["lm"], args, run / setup.adapter)
+    setup.phi = load_prompt(run / files, setup.model.config.hidden_size).to(args.device)
     setup.prefix = prompt_kv(setup.model, setup.phi)
     return setup
 
@@ -746,43 +729,37 @@ def fits_dense(lm):
 
 FLAGS = """
 runs*      text                          -       run directories of unlearn.py
---table    scores|best|efficiency        scores  best: each method at its best learning rate
 --plot     text                          -       draw Fig. 2, SPUL over --against, as this .png
 --against  p|alpha|beta|forget_fraction  p       the x axis of --plot
 --tsne     text                          -       draw Fig. 1, the states at the answer, as .png
 --lens     text                          -       draw the answer layer by layer, as .png
 --ask      text                          -       a text to answer without and with phi
---cell     text                          -       whose phi to take (default: the first)
+--phi      text                          prompt  directory in the run of the phi to take
 --audit    switch                        -       is it really forgotten?
 """
 
 
-def parse(argv=None):
-    """Return the run directories and flags of the command line."""
-    args = data.parse_flags("The paper's tables and figures.", FLAGS, argv)
-    data.fill_defaults(args, FLAGS)
-    return args
-
-
 def main(argv=None):
     """Print the tables, or what a flag names."""
-    args = parse(argv)
+    args = data.parse_flags("The paper's tables and figures.", FLAGS, argv)
+    data.fill_defaults(args, FLAGS)
     for path in (args.plot, args.tsne, args.lens):
         if path and not path.endswith(".png"):
             raise InputError(f"{path}: figures are written as .png; expected such a file name")
     run = args.runs[0]
     if args.ask is not None:
-        ask(load_run(run, args.cell), args.ask)
+        ask(load_run(run, args.phi), args.ask)
     elif args.audit:
         audit(run)
     elif args.tsne:
-        plot_tsne(load_run(run, args.cell), args.tsne)
+        plot_tsne(load_run(run, args.phi), args.tsne)
     elif args.lens:
-        plot_lens(load_run(run, args.cell), args.lens)
+        plot_lens(load_run(run, args.phi), args.lens)
     elif args.plot:
         plot_against(read_rows(args.runs), args.against, args.plot)
     else:
-        print(table(read_rows(args.runs), args.table))
+        rows = read_rows(args.runs)
+        print(f"{table(rows)}\n\n{efficiency(rows)}")
 
 
 if __name__ == "__main__":

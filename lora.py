@@ -3,7 +3,6 @@
 A linear layer W (out,in) becomes W + alpha/r B A with A (r,in) and B (out,r); only A and B are
 trained. Section 4.1, Settings. Adapters are written and read in PEFT's file format.
 """
-import math
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (InputError, Linear4bit, check_shapes, dense_linear, file_name, read_adapter,
-                   unpack_nf4, write_json, write_tensors)
+                   shapes, unpack_nf4, write_json, write_tensors)
 
 
 class LoraLinear(nn.Module):
@@ -19,12 +18,11 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout=0.0):
         super().__init__()
-        device = next(iter(base.state_dict().values())).device
         self.base = base
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
         self.train(base.training)  # a loaded model is in eval mode: no dropout until train()
 
     def forward(self, x):
@@ -44,12 +42,11 @@ def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")
 
     Returns the trainable parameters, A and B of each layer. InputError when no target is found.
     """
-    linear = linear_layers(model)
-    chosen = [name for name in linear if "all" in targets or name.rpartition(".")[2] in targets]
+    chosen = [name for name in linear_layers(model)
+              if "all" in targets or name.rpartition(".")[2] in targets]
     if not chosen:
-        names = sorted({name.rpartition(".")[2] for name in linear})
-        raise InputError(f"--targets {' '.join(targets)}: no such linear layer; expected some of "
-                         f"{', '.join(names)}, or all")
+        raise InputError(f"--targets {' '.join(targets)}: no such linear layer; expected names "
+                         "such as q_proj v_proj, or all")
     return wrap_layers(model, chosen, rank, alpha, dropout)
 
 
@@ -60,13 +57,11 @@ def linear_layers(model):
 
 
 def wrap_layers(model, names, rank, alpha, dropout):
-    """Replace each named linear layer by a LoraLinear around it. Returns their A and B."""
-    params = []
+    """Replace each named linear layer by a LoraLinear around it. Returns all A and B."""
     for name in names:
         lora = LoraLinear(model.get_submodule(name), rank, alpha, dropout)
-        model.set_submodule(name, lora)
-        params += [lora.lora_A, lora.lora_B]
-    return params
+        model.set_submodule(name, lora.to(model.embed_tokens.weight.device))
+    return list(peft_tensors(model).values())
 
 
 def merge_lora(model, dtype=None):
@@ -97,41 +92,26 @@ def peft_tensors(model):
 
 def save_adapter(model, dir, base=""):
     """Write the LoRA layers as `PeftModel.from_pretrained` reads them. base: the model's name."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
-    if not layers:
-        raise ValueError("the model has no LoRA layers to save; call add_lora first")
-    lora, tensors = layers[0], peft_tensors(model)
+    tensors = peft_tensors(model)
+    lora = next(layer for layer in model.modules() if isinstance(layer, LoraLinear))
     write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
     write_json(Path(dir) / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
-        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "bias": "none",
-        "inference_mode": True, "fan_in_fan_out": False,
+        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
         "target_modules": sorted({name.split(".")[-3] for name in tensors})})
-
-
-# Options of PEFT that change the function and are not implemented: any other value is refused.
-OFF = {"bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
-       "modules_to_save": None, "layers_to_transform": None, "rank_pattern": {},
-       "alpha_pattern": {}, "trainable_token_indices": None, "lora_bias": False}
 
 
 def load_adapter(model, dir):
     """Add the LoRA layers that PEFT or `save_adapter` wrote, in place. Returns their A and B."""
-    config, file = read_adapter(dir, ("LORA",))
-    for key, off in OFF.items():
-        if config.get(key) not in (off, None, [], {}):
-            raise InputError(f"{dir}: {key} is {config[key]!r}, which is not implemented; expected "
-                             f"plain LoRA, with {off!r}")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not (type(rank) is int and rank > 0 and isinstance(alpha, (int, float))):
-        raise InputError(f"{dir}: r {rank!r} and lora_alpha {alpha!r}; expected positive numbers")
+    config, file = read_adapter(dir, ["LORA"])
+    for key in ("use_rslora", "alpha_pattern"):  # PEFT's other options change the tensors
+        if config.get(key):
+            raise InputError(f"{dir}: {key} is {config[key]!r}; only plain LoRA is implemented")
     names = [name for name in linear_layers(model)
              if f"base_model.model.{file_name(model, name)}.lora_A.weight" in file.shapes]
-    params = wrap_layers(model, names, rank, alpha, config.get("lora_dropout") or 0.0)
+    params = wrap_layers(model, names, config["r"], config["lora_alpha"], config["lora_dropout"])
     tensors = peft_tensors(model)
-    check_shapes(dir, file.shapes, {name: tuple(w.shape) for name, w in tensors.items()})
-    if not names:
-        raise InputError(f"{dir}: no tensors; expected a LoRA pair for each adapted layer")
+    check_shapes(dir, file.shapes, shapes(tensors))
     for name, w in tensors.items():
         w.data.copy_(file.read(name))
     return params

@@ -7,16 +7,13 @@ or `model.decoder.`. Every loaded weight is frozen.
 import json
 import math
 import os
-import pickle
-import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +33,7 @@ NF4 = torch.tensor([
     0.7229568362236023, 1.0])
 MIDPOINTS = (NF4[:-1] + NF4[1:]) / 2
 # A byte holds two codes: byte 0x2f means NF4[2], then NF4[15]. One lookup gives both values.
-PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)  # (256,2)
+PAIRS = torch.cartesian_prod(NF4, NF4)  # (256,2)
 
 
 def quantize_nf4(w, block_size=64):
@@ -47,47 +44,38 @@ def quantize_nf4(w, block_size=64):
     bitsandbytes: ties go to the lower code, and only a last, shorter block is divided by absmax;
     full blocks are multiplied by its inverse.
     """
-    packed, scales = [], []
+    n = w.numel()
+    blocks = F.pad(w.float().reshape(-1), (0, -n % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
+    if n % block_size:
+        absmax[-1].clamp_(min=1e-38)
+        scaled[-1] = blocks[-1] / absmax[-1]
     midpoints = MIDPOINTS.to(w.device)
-    for part in w.reshape(-1).split(2 ** 20 // block_size * block_size):  # bounds the float32 copy
-        n = len(part)
-        blocks = F.pad(part.float(), (0, -n % block_size)).view(-1, block_size)
-        absmax = blocks.abs().amax(1)
-        scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
-        if n % block_size:
-            absmax[-1].clamp_(min=1e-38)
-            scaled[-1] = blocks[-1] / absmax[-1]
-        scaled = scaled.view(-1)[:n + n % 2]
-        codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)
-        packed.append(codes[::2] << 4 | codes[1::2])
-        scales.append(absmax)
-    return torch.cat(packed), torch.cat(scales)
+    codes = torch.bucketize(scaled.view(-1), midpoints, out_int32=True).to(torch.uint8)
+    packed = codes[::2] << 4 | codes[1::2]
+    return packed[:(n + 1) // 2], absmax
 
 
 def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block_size=64):
     """Return the weights of `shape` and `dtype` that `quantize_nf4` packed, scaled in float32."""
-    n = math.prod(shape)
-    values = F.embedding(packed.int(), PAIRS.to(packed.device)).view(-1)[:n]  # (n,)
-    full = n - n % block_size
-    values[:full].view(-1, block_size).mul_(absmax[:n // block_size, None])
-    values[full:].mul_(absmax[-1])  # the last, shorter block, if there is one
-    return values.view(shape).to(dtype)
+    full = F.pad(packed, (0, -len(packed) % (block_size // 2)))  # complete the last block
+    values = F.embedding(full.int(), PAIRS.to(packed.device))  # (n/2,2)
+    values.view(-1, block_size).mul_(absmax[:, None])
+    return values.view(-1)[:math.prod(shape)].view(shape).to(dtype)
 
 
 class MatMul4bit(torch.autograd.Function):
-    """x @ W.T, whose backward pass dequantises W again: autograd stores only the 4-bit weight."""
+    """x @ W.T, whose backward pass dequantises W again: autograd stores no dense copy of W."""
 
     @staticmethod
-    def forward(ctx, x, packed, absmax, shape):
-        ctx.save_for_backward(packed, absmax)
-        ctx.shape = shape
-        return x @ dequantize_nf4(packed, absmax, shape, x.dtype).T
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return x @ layer.dequantize(x.dtype).T
 
     @staticmethod
     def backward(ctx, grad):
-        packed, absmax = ctx.saved_tensors
-        W = dequantize_nf4(packed, absmax, ctx.shape, grad.dtype)
-        return grad @ W, None, None, None
+        return grad @ ctx.layer.dequantize(grad.dtype), None
 
 
 class Linear4bit(nn.Module):
@@ -106,7 +94,7 @@ class Linear4bit(nn.Module):
         return dequantize_nf4(self.packed, self.absmax, self.shape, dtype)
 
     def forward(self, x):
-        y = MatMul4bit.apply(x, self.packed, self.absmax, self.shape)
+        y = MatMul4bit.apply(x, self)
         return y if self.bias is None else y + self.bias
 
 
@@ -163,22 +151,9 @@ class RMSNorm(nn.Module):
         return self.weight * (x32 * scale).to(x.dtype)
 
 
-def rotary_tables(T, start, config, x):
-    """Return cos and sin (T,d) of positions start ... start+T-1 for `rotate`, like x.
-
-    RoFormer, Eq. (34). The first half of the sines is negated.
-    """
-    d = config.head_dim
-    frequency = config.rope_theta ** (-torch.arange(0, d, 2, device=x.device).float() / d)  # (d/2,)
-    position = torch.arange(start, start + T, device=x.device).float()
-    angle = torch.outer(position, frequency)  # (T,d/2)
-    cos = torch.cat([angle.cos(), angle.cos()], dim=-1)
-    sin = torch.cat([-angle.sin(), angle.sin()], dim=-1)
-    return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate(x, cos, sin):
+def rotate(x, rotary):
     """Rotate each pair (x[i], x[i+d/2]) of x (B,H,T,d), Hugging Face's half-split layout."""
+    cos, sin = rotary
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
@@ -190,20 +165,22 @@ def gather_answer_position(x, answer_pos):
 
 
 def attention_mask(T, p, answer_pos, device):
-    """Return which of the p + T keys a query may see: bool (T,p+T), or (B,1,1,p+T) at answer_pos.
+    """Return 0 for each of the p + T keys that a query may see, else -inf: (T,p+T) or (B,1,1,p+T).
 
     Every query sees phi and the text up to itself, so real tokens never attend to right padding.
     """
-    if answer_pos is None:
-        return torch.ones(T, p + T, dtype=torch.bool, device=device).tril(p)
-    return torch.arange(p + T, device=device) <= p + answer_pos[:, None, None, None]
+    query = torch.arange(T, device=device)[:, None]
+    if answer_pos is not None:
+        query = answer_pos[:, None, None, None]
+    hidden = torch.arange(p + T, device=device) > p + query
+    return torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)
 
 
 class Attention(nn.Module):
     """Causal self-attention over phi's keys and values (`prefix`) and the text's own.
 
     x (B,T,D) -> (B,T,D) and the text's K, V (B,G,T,d). With answer_pos (B,) only that position
-    asks: -> (B,1,D). prefix: K, V (1,G,p,d) or None. rotary: cos, sin (T,d) or None.
+    asks: -> (B,1,D). prefix: K, V (1,G,p,d) or None. rotary: (2,T,d) or None.
     """
 
     def __init__(self, config, out_name, bias):
@@ -216,26 +193,27 @@ class Attention(nn.Module):
         self.out_name = out_name  # LLaMA: o_proj, OPT: out_proj
         self.add_module(out_name, nn.Linear(self.H * self.d, D, bias))
 
-    def forward(self, x, prefix, mask, rotary, answer_pos):
+    def forward(self, x, prefix, rotary, answer_pos):
         B, T, _ = x.shape
         asking = gather_answer_position(x, answer_pos)                         # (B,S,D), S = T or 1
         q = self.q_proj(asking).view(B, -1, self.H, self.d).transpose(1, 2)    # (B,H,S,d)
         k = self.k_proj(x).view(B, T, self.G, self.d).transpose(1, 2)          # (B,G,T,d)
         v = self.v_proj(x).view(B, T, self.G, self.d).transpose(1, 2)          # (B,G,T,d)
         if rotary is not None:
-            cos, sin = rotary
-            k = rotate(k, cos, sin)
-            if answer_pos is not None:  # cos, sin (B,1,1,d)
-                cos, sin = cos[answer_pos, None, None], sin[answer_pos, None, None]
-            q = rotate(q, cos, sin)
+            k = rotate(k, rotary)
+            if answer_pos is not None:
+                rotary = rotary[:, answer_pos, None, None]                     # (2,B,1,1,d)
+            q = rotate(q, rotary)
         text_kv = (k, v)
         if prefix is not None:
             k = torch.cat([prefix[0].expand(B, -1, -1, -1), k], dim=2)         # (B,G,p+T,d)
             v = torch.cat([prefix[1].expand(B, -1, -1, -1), v], dim=2)         # (B,G,p+T,d)
-        if x.device.type == "cpu":  # in bf16 the CPU's backward pass is much slower
-            q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.G < self.H)
-        y = y.to(x.dtype).transpose(1, 2).flatten(2)                           # (B,S,H*d)
+        q = q.reshape(B, self.G, -1, self.d) * self.d ** -0.5                  # (B,G,H/G*S,d)
+        scores = (q @ k.mT).view(B, self.H, -1, k.shape[2])                    # (B,H,S,p+T)
+        mask = attention_mask(T, k.shape[2] - T, answer_pos, x.device)
+        weights = (scores + mask.to(x.dtype)).softmax(-1)                      # (B,H,S,p+T)
+        y = weights.view(B, self.G, -1, k.shape[2]) @ v                        # (B,G,H/G*S,d)
+        y = y.view(B, self.H, -1, self.d).transpose(1, 2).flatten(2)           # (B,S,H*d)
         return getattr(self, self.out_name)(y), text_kv
 
 
@@ -253,8 +231,8 @@ class LlamaLayer(nn.Module):
             "up_proj": nn.Linear(D, width, bias=False),
             "down_proj": nn.Linear(width, D, bias=False)})
 
-    def forward(self, x, prefix, mask, rotary, answer_pos):
-        a, kv = self.self_attn(self.input_layernorm(x), prefix, mask, rotary, answer_pos)
+    def forward(self, x, prefix, rotary, answer_pos):
+        a, kv = self.self_attn(self.input_layernorm(x), prefix, rotary, answer_pos)
         x = gather_answer_position(x, answer_pos) + a
         m = self.post_attention_layernorm(x)
         gate = F.silu(self.mlp.gate_proj(m))  # SwiGLU
@@ -273,8 +251,8 @@ class OPTLayer(nn.Module):
         self.fc1 = nn.Linear(D, width)
         self.fc2 = nn.Linear(width, D)
 
-    def forward(self, x, prefix, mask, rotary, answer_pos):
-        a, kv = self.self_attn(self.self_attn_layer_norm(x), prefix, mask, rotary, answer_pos)
+    def forward(self, x, prefix, rotary, answer_pos):
+        a, kv = self.self_attn(self.self_attn_layer_norm(x), prefix, rotary, answer_pos)
         x = gather_answer_position(x, answer_pos) + a
         return x + self.fc2(F.relu(self.fc1(self.final_layer_norm(x)))), kv
 
@@ -304,22 +282,19 @@ class LanguageModel(nn.Module):
         """Return the state that lm_head reads, (B,D) or (B,T,D), and each layer's K, V."""
         p = prefix[0][0].shape[2] if prefix else 0
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        T = x.shape[1]
         x, rotary = self.add_positions(x, p)
-        mask = attention_mask(T, p, None, x.device)
-        asking, new_kv = None, []
+        new_kv = []
         for i, layer in enumerate(self.layers):
-            if answer_pos is not None and i == len(self.layers) - 1:  # only the answer is read
-                asking, mask = answer_pos, attention_mask(T, p, answer_pos, x.device)
-            inputs = (x, prefix[i] if prefix else None, mask, rotary, asking)
-            if self.checkpointing and torch.is_grad_enabled():
+            asking = answer_pos if layer is self.layers[-1] else None  # only the answer is read
+            inputs = (x, prefix[i] if prefix else None, rotary, asking)
+            if self.checkpointing:
                 x, kv = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x, kv = layer(*inputs)
             new_kv.append(kv)
         if answer_pos is not None:
             x = x[:, 0]  # (B,D)
-        return self.final_norm(x), new_kv
+        return self.norm(x), new_kv
 
 
 class Llama(LanguageModel):
@@ -330,12 +305,13 @@ class Llama(LanguageModel):
         super().__init__(config, LlamaLayer)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def final_norm(self, x):
-        return self.norm(x)
-
     def add_positions(self, x, p):
-        """Return x itself and the rotary tables, which every layer applies to its q and k."""
-        return x, rotary_tables(x.shape[1], p, self.config, x)
+        """Return x itself and cos, sin (2,T,d) of positions p ... p+T-1 (RoFormer, Eq. 34)."""
+        d, T = self.config.head_dim, x.shape[1]
+        frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device) / d)
+        angle = torch.arange(p, p + T, device=x.device)[:, None] * frequency  # (T,d/2)
+        angle = torch.cat([-angle, angle], dim=-1)  # (T,d); `rotate` negates half of the sines
+        return x, torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
 
 
 class OPT(LanguageModel):
@@ -348,15 +324,14 @@ class OPT(LanguageModel):
         self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
-    def final_norm(self, x):
+    def norm(self, x):
         return self.final_layer_norm(x)
 
     def add_positions(self, x, p):
         """Return x plus its learned positions, which start after phi's p, and no rotary tables."""
         T, most = x.shape[1], self.config.max_position_embeddings
         if p + T > most:
-            raise InputError(f"{p} prompt tokens and {T} text tokens are more than OPT's {most} "
-                             "positions; lower --max-len or --p")
+            raise InputError(f"{p} + {T} tokens; OPT has {most} positions; lower --max-len or --p")
         return x + self.embed_positions(torch.arange(p, p + T, device=x.device) + 2), None
 
 
@@ -371,7 +346,7 @@ def build(config):
     return Llama(config) if config.model_type == "llama" else OPT(config)
 
 
-# ---- checkpoints in Hugging Face's format ------------------------------------------------------
+# ---- support: checkpoint files, devices ---------------------------------------------------------
 
 def load_model(dir, weights="nf4", device="cpu", dtype=None):
     """Return the frozen model of a checkpoint directory. InputError for files that do not fit.
@@ -380,17 +355,14 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
     dtype: of the computation and of everything that is not in 4 bits (default: bfloat16 for
     "bf16", else float32). Tensors are read and quantised one at a time.
     """
-    if weights not in ("nf4", "bf16", "fp32"):
-        raise InputError(f"weights {weights!r}; expected nf4, bf16 or fp32")
-    dtype = dtype or (torch.bfloat16 if weights == "bf16" else torch.float32)
+    default = {"nf4": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
+    dtype = dtype or default[weights]
     with torch.device("meta"):
         model = build(read_config(dir))
-    for name, (file, name_in_file) in find_tensors(dir, model).items():
-        tensor = file.read(name_in_file)
+    for name, tensor in find_tensors(dir, model).items():
         place, _, leaf = name.rpartition(".")
         layer = model.get_submodule(place)
-        is_matrix = leaf == "weight" and isinstance(layer, nn.Linear) and layer is not model.lm_head
-        if weights == "nf4" and is_matrix:
+        if weights == "nf4" and name.startswith("layers.") and tensor.dim() == 2:
             model.set_submodule(place, Linear4bit(tensor.to(device), layer.bias))
         else:
             tensor = tensor.to(device, dtype, copy=True)
@@ -400,30 +372,18 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
 
 
 def file_name(model, name):
-    """Return the name in Hugging Face's files of our module or parameter `name`."""
-    return name if name.startswith("lm_head") else model.file_prefix + name
+    """Return Hugging Face's name of our parameter or layer `name`."""
+    return name if name == "lm_head.weight" else model.file_prefix + name
 
 
 def save_model(model, dir):
-    """Write config.json and model.safetensors as transformers reads them, NF4 unpacked."""
-    dtype = model.embed_tokens.weight.dtype
+    """Write a model without NF4 and LoRA layers (`lora.merge_lora`) as transformers reads it."""
     # a tied head is listed once, as the embedding
     tensors = {file_name(model, name): w for name, w in model.named_parameters()}
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            tensors[file_name(model, name) + ".weight"] = layer.dequantize(dtype)
-    if any("lora_A" in name for name in tensors):
-        raise ValueError("the model has LoRA layers; call merge_lora before save_model")
     write_tensors(Path(dir) / "model.safetensors", tensors)
-    config = asdict(model.config)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config["architectures"] = [f"{type(model).__name__}ForCausalLM"]
-    if config["model_type"] == "opt":
-        config["ffn_dim"] = config["intermediate_size"]
-    write_json(Path(dir) / "config.json", config)
+    write_json(Path(dir) / "config.json", vars(model.config) | {
+        "ffn_dim": model.config.intermediate_size})  # OPT's name for it
 
-
-# ---- support: files ----------------------------------------------------------------------------
 
 @contextmanager
 def atomic_write(path):
@@ -441,12 +401,11 @@ def atomic_write(path):
 def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=1))
 
 
 def write_tensors(path, tensors):
     """Write {name: tensor} as .safetensors, atomically."""
-    tensors = {name: t.contiguous() for name, t in tensors.items()}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
 
@@ -455,104 +414,80 @@ def read_json(path, expected, keys=()):
     """Return the JSON object in `path`. InputError if it is missing, malformed or lacks a key."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}; expected {expected}") from None
-    except ValueError as e:  # malformed JSON or UTF-8
-        raise InputError(f"{path}: not JSON ({e}); expected {expected}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a JSON {type(value).__name__}; expected {expected}")
+    except (OSError, ValueError) as e:  # ValueError: malformed JSON or UTF-8
+        raise InputError(f"{path}: not readable as JSON ({e}); expected {expected}")
     for key in keys:
         if key not in value:
             raise InputError(f"{path}: no {key!r} in it; expected {expected}")
     return value
 
 
-class TensorFile:
-    """One .safetensors or .bin file: .shapes {name: shape} at once, and tensors one at a time."""
+def shapes(tensors):
+    """Return {name: shape} of {name: tensor}."""
+    return {name: tuple(t.shape) for name, t in tensors.items()}
 
-    def __init__(self, path):
-        self.path = path
-        self.state = None
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt") as f:
-                    self.shapes = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
-            else:  # weights_only: a pickle that brings code of its own is refused
-                self.state = torch.load(path, map_location="cpu", weights_only=True,
-                                        mmap=zipfile.is_zipfile(path))
-                self.shapes = {n: tuple(t.shape) for n, t in self.state.items()}
-        except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError,
-                AttributeError) as e:
-            reason = str(e).partition("\n")[0]
-            message = f"{path}: not readable as tensors ({reason}); download it again"
-            raise InputError(message) from None
+
+class TensorFiles:
+    """All tensors in dir, memory-mapped, in the files of the first pattern that fits (shards)."""
+
+    def __init__(self, dir, patterns):
+        paths, self.tensors = [], {}
+        for pattern in patterns:
+            paths = paths or sorted(Path(dir).glob(pattern))
+        if not paths:
+            raise InputError(f"{dir}: none of {patterns}; expected a Hugging Face checkpoint")
+        for path in paths:
+            try:
+                if path.suffix == ".safetensors":
+                    self.tensors |= load_file(path)
+                else:  # weights_only: a pickle that brings code of its own is refused
+                    self.tensors |= torch.load(path, "cpu", weights_only=True, mmap=True)
+                self.shapes = shapes(self.tensors)
+            except Exception as e:  # a damaged file may raise anything
+                reason = str(e).partition("\n")[0]
+                raise InputError(f"{path}: not readable as tensors ({reason}); download it again")
 
     def read(self, name):
-        if self.state is not None:
-            return self.state[name]
-        with safe_open(self.path, "pt") as f:  # closing the file frees its memory-mapped pages
-            return f.get_tensor(name)
-
-
-def open_weights(dir, stems):
-    """Return the TensorFiles of dir: the first of `stems` that is there, single or sharded."""
-    for stem in stems:
-        file = Path(dir) / stem
-        index = Path(dir) / f"{stem}.index.json"
-        if file.is_file():
-            return [TensorFile(file)]
-        if index.is_file():
-            weight_map = read_json(index, "an index of shards", ["weight_map"])["weight_map"]
-            files = []
-            for shard in sorted(set(weight_map.values())):
-                if Path(shard).name != shard:
-                    raise InputError(f"{index}: shard {shard!r}; expected a file name in {dir}")
-                files.append(TensorFile(Path(dir) / shard))
-            return files
-    raise InputError(f"{dir}: no {' or '.join(stems)}; expected a Hugging Face checkpoint")
+        return self.tensors[name]
 
 
 def find_tensors(dir, model):
-    """Return {parameter name: (TensorFile, name in it)}, exactly the model's parameters."""
+    """Return {parameter name: tensor} of a checkpoint, exactly the model's parameters."""
     found = {}
-    for file in open_weights(dir, ["model.safetensors", "pytorch_model.bin"]):
-        for name_in_file in file.shapes:
-            name = name_in_file.removeprefix("model.").removeprefix("decoder.")
-            if not name.endswith("rotary_emb.inv_freq"):  # constants in LLaMA-2's published files
-                found[name] = (file, name_in_file)
+    files = TensorFiles(dir, ["model.safetensors", "model-*.safetensors", "pytorch_model.bin",
+                              "pytorch_model-*.bin"])
+    for name_in_file, tensor in files.tensors.items():
+        name = name_in_file.removeprefix("model.").removeprefix("decoder.")
+        if name in found:
+            raise InputError(f"{dir}: two tensors for {name}, with and without a prefix")
+        if not name.endswith("rotary_emb.inv_freq"):  # constants in LLaMA-2's published files
+            found[name] = tensor
     if model.config.tie_word_embeddings and "lm_head.weight" in found:  # stored once or twice
-        head = found.pop("lm_head.weight")
-        found.setdefault("embed_tokens.weight", head)
-    shapes = {name: file.shapes[name_in_file] for name, (file, name_in_file) in found.items()}
-    check_shapes(dir, shapes, {name: tuple(w.shape) for name, w in model.named_parameters()})
+        found.setdefault("embed_tokens.weight", found.pop("lm_head.weight"))
+    check_shapes(dir, shapes(found), shapes(dict(model.named_parameters())))
     return found
 
 
 def check_shapes(dir, found, expected):
     """InputError for the first tensor of found {name: shape} that differs from expected."""
-    for name in sorted(expected.keys() | found.keys()):
+    for name in sorted(expected | found):
         if found.get(name) != expected.get(name):
             raise InputError(f"{dir}: tensor {name} is {found.get(name, 'missing')}; expected "
                              f"{expected.get(name, 'no such tensor')} by its configuration")
 
 
 def read_adapter(dir, kinds):
-    """Return adapter_config.json (dict) and the TensorFile of an adapter as PEFT writes it."""
+    """Return adapter_config.json (dict) and the TensorFiles of an adapter as PEFT writes it."""
     config = read_json(Path(dir) / "adapter_config.json", "a PEFT adapter", ["peft_type"])
     if config["peft_type"] not in kinds:
-        raise InputError(f"{dir}: peft_type {config['peft_type']!r}; expected {' or '.join(kinds)}")
-    return config, open_weights(dir, ["adapter_model.safetensors", "adapter_model.bin"])[0]
+        raise InputError(f"{dir}: peft_type {config['peft_type']!r}; expected one of {kinds}")
+    return config, TensorFiles(dir, ["adapter_model.safetensors", "adapter_model.bin"])
 
 
-# Options of config.json that the forward pass does not implement: only this value is accepted.
-ONLY = {
-    "quantization_config": None,
-    # LLaMA
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None,
-    "rope_type": "default", "type": "default", "partial_rotary_factor": 1.0,
-    # OPT
-    "activation_function": "relu", "enable_bias": True, "do_layer_norm_before": True,
-    "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False}
+# What the forward pass implements. All other variants of these models have other tensors (biases,
+# projections, quantised weights), and `check_shapes` refuses them.
+IMPLEMENTED = {"model_type": ["llama", "opt"], "hidden_act": ["silu"],
+               "activation_function": ["relu"], "rope_type": ["default"], "type": ["default"]}
 
 
 def read_config(dir):
@@ -560,38 +495,28 @@ def read_config(dir):
     path = Path(dir) / "config.json"
     raw = read_json(path, "a Hugging Face checkpoint directory", [
         "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
-    kind, D, heads = raw["model_type"], raw["hidden_size"], raw["num_attention_heads"]
-    if kind not in ("llama", "opt"):
-        raise InputError(f"{path}: model_type {kind!r}; only 'llama' and 'opt' are implemented")
-    rope = raw.pop("rope_parameters", None) or {}  # transformers 5 writes these together
-    given = {key: value for key, value in (raw | rope).items() if value is not None}
-    for key, value in (ONLY | {"word_embed_proj_dim": D}).items():
-        if given.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {given[key]!r}; only {value!r} is implemented")
-    values = {"num_key_value_heads": heads, "head_dim": D // heads,
-              "intermediate_size": raw.get("ffn_dim"), "tie_word_embeddings": kind == "opt"} | given
-    names = [field.name for field in fields(Config)]
-    config = Config(**{name: values[name] for name in names if name in values})
-    if heads % config.num_key_value_heads or config.head_dim % 2:
-        raise InputError(f"{path}: {heads} heads and {config.num_key_value_heads} key/value heads "
-                         f"of width {config.head_dim}; expected a multiple, and an even width")
-    return config
+    raw |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, 4
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key, allowed in IMPLEMENTED.items():
+        if key in given and given[key] not in allowed:
+            raise InputError(f"{path}: {key} is {given[key]!r}; only {allowed} is implemented")
+    heads = raw["num_attention_heads"]
+    values = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads,
+              "intermediate_size": raw.get("ffn_dim"),
+              "tie_word_embeddings": raw["model_type"] == "opt"} | given
+    return Config(**{name: values[name] for name in Config.__annotations__ if name in values})
 
-
-# ---- support: devices --------------------------------------------------------------------------
 
 def check_device(device):
     """InputError for a device that is not there."""
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device}: no such device here; expected cpu, or cuda where "
-                         "there is a GPU") from None
+        raise InputError(f"--device {device}: no such device here; expected cpu, or cuda on a GPU")
 
 
 def fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware (recent GPUs; AVX512-BF16, AMX)."""
+    """Whether the device multiplies bf16 matrices in hardware (recent GPUs; AVX512-BF16)."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.cpu.get_capabilities().get("avx512_bf16")

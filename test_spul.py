@@ -240,8 +240,8 @@ def make_row(method="spul", seed=0, acc=90.0, **changes):
     row = {"cell": f"{method}-{seed}", "method": method, "base": "full", "seed": seed, "lm": "DIR",
            "model": "models/LLaMA-2-7B", "dataset": "sst2", "alpha": 1.0 if is_spul else None,
            "beta": 0.5 if is_spul else None, "p": 30 if is_spul else None, "lr": 1e-4,
-           "forget_fraction": 1.0, "files": None, "trainable_params": 10, "epochs": 1,
-           "seconds_per_epoch": 2.0, "settings": {"batch": 32}}
+           "forget_fraction": 1.0, "files": None, "adapter": "adapter", "trainable_params": 10,
+           "epochs": 1, "seconds_per_epoch": 2.0, "settings": {"batch": 32}}
     row |= {split: {"n": 8, "acc": acc, "f1": acc} for split in data.SPLITS}
     return row | changes
 
@@ -266,7 +266,7 @@ def test_paper_rows_are_printed_below_ours(tmp_path):
             ("rl", "33.31 / 48.08", "13.82 / 22.97", "31.00 / 45.56", "14.26 / 24.18"),
             ("ga+kl", "55.64 / 39.87", "53.96 / 38.07", "55.94 / 40.24", "56.89 / 41.47"),
             ("ga+gd", "97.17 / 97.50", "13.75 / 20.58", "94.43 / 94.76", "11.31 / 17.18")]:
-        i, = [i for i, line in enumerate(lines) if line[0] == method]
+        i = [line[:1] for line in lines].index([method])
         assert lines[i][-4:] == ["90.0 / 90.0"] * 4
         assert "paper" in lines[i + 1][0] and lines[i + 1][-4:] == cells
 
@@ -563,7 +563,7 @@ def test_autograd_keeps_no_dense_copy_of_a_4bit_weight(tmp_path):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = ours(TOKENS[:1, :3], prefix=soft_prompt.prompt_kv(ours, phi)).square().sum()
     dense = [t.numel() for t in kept if t.is_floating_point() and t.data_ptr() not in known]
-    assert any(t.dtype == torch.uint8 for t in kept) and max(dense) < 64 * 64
+    assert isinstance(ours.layers[0].mlp["up_proj"], model.Linear4bit) and max(dense) < 64 * 64
     loss.backward()
     assert phi.grad.abs().sum() > 0 and all(w.grad is None for w in ours.parameters())
 
@@ -729,7 +729,7 @@ def write_quiz(dir, n_wmdp=1273):
              "distractor3": "z"} for i in range(30)]
     (dir / "wmdp-bio.jsonl").write_text("\n".join(json.dumps(row) for row in wmdp))
     for name, n in (("train", 30), ("valid", 5), ("test", 7)):
-        (dir / f"{name}.json").write_text(json.dumps(sciq[:n]))
+        (dir / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in sciq[:n]))
     return dir
 
 def test_wmdp_is_forgotten_900_to_373_and_labels_follow_the_shuffled_options(tmp_path):
@@ -757,7 +757,7 @@ def test_saved_splits_come_back_as_they_were_and_limits_sample_both_sets(tmp_pat
     assert 10 <= len(found["train_forget"]) <= 40
     assert len(found["test_retain"] + found["test_forget"]) == 10
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_own_splits_are_read_from_every_suffix_and_with_windows_line_ends(tmp_path, suffix):
     rows = [{"text": "one, two", "label": "good"}, {"text": 'three "four"', "label": "bad"}]
     for split in data.SPLITS:
@@ -772,8 +772,7 @@ def test_own_splits_are_read_from_every_suffix_and_with_windows_line_ends(tmp_pa
             parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
             parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
         else:
-            lines = "\r\n\r\n".join(json.dumps(row) for row in rows)
-            path.write_bytes((lines if suffix == "jsonl" else json.dumps(rows, indent=1)).encode())
+            path.write_bytes("\r\n\r\n".join(json.dumps(row) for row in rows).encode())
     splits = data.load_splits("splits", tmp_path)
     assert sorted(splits["test_forget"]) == sorted(data.Example(**row) for row in rows)
 
@@ -782,21 +781,17 @@ QUIZ = b'{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}\n'
 MALFORMED = [  # dataset, file, its content, part of the message
     ("sst2", "train.tsv", HEAD + b"fine\t1\nbad\t7\n", "train.tsv line 3: label '7'; expected 0"),
     ("sst2", "train.tsv", HEAD + b"one\ttwo\t1\n", "train.tsv line 2: "),
-    ("sst2", "train.tsv", b"text\tlabel\nfine\t1\n", "expected the columns sentence, label"),
-    ("sst2", "train.tsv", HEAD + b"fine\t1\n \t1\n", "train.tsv line 3: sentence is ' '"),
-    ("sst2", "train.tsv", HEAD + b"caf\xe9\t1\n", "train.tsv: byte 18 is not UTF-8"),
-    ("sst2", "train.jsonl", b"{}", "train.tsv and train.jsonl; expected one train file"),
+    ("sst2", "train.tsv", b"text\tlabel\nfine\t1\n", "expected sentence, label"),
+    ("sst2", "train.tsv", HEAD + b"fine\t1\n \t1\n", "train.tsv line 3: {'sentence': ' '"),
+    ("sst2", "train.tsv", HEAD + b"caf\xe9\t1\n", "train.tsv line 2: 'utf-8' codec"),
     ("yelp", "train.csv", b'"1","a"\n"3","b"\n', "train.csv line 2: label '3'; expected 1"),
     ("yelp", "train.csv", b'"1","a"\n"2","never closed\n', "train.csv line 2: unexpected end"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + QUIZ.replace(b'"4"', b'"4", "5"'), "line 2: choices"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ.replace(b'"3"', b"3"), "line 1: an option is 3"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + b"{'question'}\n", "wmdp-bio.jsonl line 2: not JSON"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + b"[1]\n", "line 2: [1]; expected the columns question"),
-    ("wmdp+sciq", "train.json", b'[{"question": "q"}]', "train.json item 1: "),
-    ("splits", "train_retain.jsonl", b'{"text": "a", "label": 1}', "line 1: label is 1"),
-    ("splits", "train_retain.jsonl", b'{"text": "\\ud800", "label": "x"}', "line 1: text is"),
+    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ.replace(b'"4"', b'"4", "5"'), "expected a list of 4"),
+    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + b"{'question'}\n", "wmdp-bio.jsonl line 2: Expecting"),
+    ("wmdp+sciq", "train.jsonl", b'{"question": "q"}', "train.jsonl line 1: "),
+    ("splits", "train_retain.jsonl", b'{"text": null, "label": "x"}', "line 1: {'text': None"),
     ("splits", "train_retain.csv", b"text,label\na,b\n", "no train_forget file"),
-    ("splits", "train_retain.parquet", b"text", "train_retain.parquet: not a parquet file")]
+    ("splits", "train_retain.parquet", b"text", "train_retain.parquet line 1: ")]
 
 @pytest.mark.parametrize("name, file, content, message", MALFORMED)
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, name, file, content, message):
@@ -817,18 +812,17 @@ def test_yelp_newlines_and_doubled_quotes_are_decoded(tmp_path):
     examples = data.read_yelp(tmp_path, "train", 9, 0)
     assert sorted(examples) == [("a \"b\"\nc", "negative", ""), ("d, e", "positive", "")]
 
-def test_leakage_counts_texts_seen_in_training_as_a_text_or_inside_one():
-    train = [data.Example(text, "x") for text in ("a b c d e f", "same text", "over the top")]
-    texts = ("same text", "b c d e f", "b  c", "c b", "ver the", "a b c d f", "e f g")
-    assert data.leakage(train, [data.Example(text, "x") for text in texts]) == (1, 2)
-
-def test_the_data_command_prints_table_1_and_saves_the_splits(tmp_path, capsys):
-    data.main(["--dataset", "toy", "--seed", "1", "--save-splits", str(tmp_path)])
+def test_the_data_command_prints_table_1_and_leakage_and_saves_the_splits(tmp_path, capsys):
+    data.main(["--dataset", "toy", "--seed", "1", "--save-splits", str(tmp_path / "toy")])
     out, splits = capsys.readouterr().out, data.load_splits("toy", ".", 1)
-    retain, forget = len(splits["train_retain"]), len(splits["train_forget"])
-    assert re.search(rf"train +{retain:,} +{forget:,} +2,800\n", out)
+    for split in data.SPLITS:
+        assert re.search(rf"{split} +{len(splits[split]):,}\n", out)
     assert all(person in out for person in {e.group for e in splits["train_forget"]})
-    assert len(list(tmp_path.glob("*.jsonl"))) == 4
+    assert len(list((tmp_path / "toy").glob("*.jsonl"))) == 4
+    for split, text in zip(data.SPLITS, ("seen", "b", "seen", "new")):
+        Path(tmp_path, f"{split}.jsonl").write_text(json.dumps({"text": text, "label": "x"}))
+    data.main(["--dataset", "splits", "--data-dir", str(tmp_path)])
+    assert "1 of 2 test texts are also in the train sets" in capsys.readouterr().out
 
 
 # ---- 6. whole runs on a micro model ------------------------------------------------------------
@@ -908,14 +902,15 @@ def test_finished_rows_are_reused_and_new_ones_join_them(micro, monkeypatch):
     monkeypatch.setattr(unlearn, "train", None)  # calling it would be an error
     assert train("run", "--alpha", "0.5", "1", "--beta", "0.5", "1") == after
 
-@pytest.mark.parametrize("flags, named", [
-    (["--epochs", "3"], "epochs 2, now it is 3"), (["--rank", "4"], "rank 8, now it is 4"),
-    (["--max-train", "100"], "max_train 192, now it is 100"), (["--clip", "1"], "clip 0.3, now")])
-def test_other_settings_in_the_same_run_directory_are_one_line_that_names_them(
-        micro, flags, named, capsys):
-    assert data.run_cli(lambda: train("run", *flags)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and named in error and "--out" in error
+def test_rows_with_other_settings_join_the_run_and_the_table_names_what_differs(micro):
+    before = read_rows("run")
+    train("run", "--epochs", "1")
+    rows = read_rows("run")
+    assert rows[:-1] == before and rows[-1]["epochs"] == 1 and rows[-1]["files"] != "prompt"
+    train("run", "--rank", "4")
+    assert [row["method"] for row in read_rows("run")][len(rows):] == ["vanilla", "qlora", "spul"]
+    header = table_cells(evaluate.table(read_rows("run")))[0]
+    assert "epochs" in header and "rank" in header and "lr" not in header
 
 def stop_at(stage, step, act, monkeypatch):
     """Call act() before this step of this stage is logged."""
@@ -1058,7 +1053,7 @@ BAD_FLAGS = [
     (["--dataset", "imdb"], "--dataset: invalid choice: 'imdb'"),
     (["--method", "npo"], "--method: invalid choice: 'npo' (choose from"),
     (["--model", "nowhere"], "nowhere: no tokenizer"),
-    (["--dataset", "sst2", "--data-dir", "nowhere"], "nowhere: no such directory"),
+    (["--dataset", "sst2", "--data-dir", "nowhere"], "nowhere: no train file"),
     (["--method", "ga", "--explain"], "--explain shows spul"),
     (["--lr", "0"], "argument --lr"), (["--p", "0"], "argument --p"),
     (["--forget-fraction", "2"], "argument --forget-fraction"),
@@ -1072,8 +1067,7 @@ BAD_FLAGS = [
     (["--labels", "positive"], "label 'negative' in train_retain; expected positive"),
     (["--device", "cuda:99"], "--device cuda:99: no such device"),
     (["--template", "### Text: {label}"], "{text}"),
-    (["--template", "{text} {x} {label}"], "{text}"),
-    (["--qlora-epochs", "1", "--qlora-lr", "1e-9"], "nothing to unlearn; raise --qlora-epochs")]
+    (["--template", "{text} {x} {label}"], "{text}")]
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS)
 def test_a_wrong_flag_is_one_line_and_exit_status_2(micro, flags, message, capsys):
@@ -1099,12 +1093,12 @@ def pickled(value):
         torch.save(value, path.with_name(name))
     return spoil
 
-def sharded(weight_map):
-    """Return a function that puts an index of shards in place of the one file."""
-    def spoil(path):
-        path.unlink()
-        model.write_json(path.with_name(path.name + ".index.json"), {"weight_map": weight_map})
-    return spoil
+def lose_a_shard(path):
+    """Split a .safetensors file into two shards and remove one."""
+    state = load_file(path)
+    del state["model.norm.weight"]
+    save_file(state, path.with_name("model-00001-of-00002.safetensors"))
+    path.unlink()
 
 def tensors(**changes):
     """Return a function that changes tensors of a .safetensors file; None removes one."""
@@ -1127,50 +1121,45 @@ COMMANDS = {
 LM, ADAPTER, PHI = [f"{name}.safetensors" for name in (
     "lm/model", "run/adapter/adapter_model", "run/prompt/adapter_model")]
 SPOILT = [  # command, file, new content (a dict: changed keys), part of the message
-    ("load", LM, None, "no model.safetensors or pytorch_model.bin"),
+    ("load", LM, None, "none of ['model.safetensors', 'model-*.safetensors', 'pytorch_model.bin'"),
     ("load", LM, "", "model.safetensors: not"), ("load", LM, cut, "model.safetensors: not"),
     ("load", LM, tensors(lm_head_dot_weight=None), "tensor lm_head.weight is missing"),
     ("load", LM, tensors(score_dot_weight=torch.zeros(2)), "tensor score.weight is (2,)"),
     ("load", LM, tensors(lm_head_dot_weight=torch.zeros(9, 32)), "lm_head.weight is (9, 32)"),
     ("load", LM, pickled({"a": 1}), "pytorch_model.bin"),
-    ("load", LM, sharded({"a": "../../etc/passwd"}), "shard '../../etc/passwd'"),
-    ("load", LM, sharded({"a": "b.safetensors"}), "b.safetensors"),
-    ("load", "lm/config.json", "", "config.json: not JSON"),
-    ("load", "lm/config.json", "[]", "config.json: a JSON list"),
+    ("load", LM, tensors(norm_dot_weight=torch.ones(32)), "two tensors for norm.weight"),
+    ("load", LM, lose_a_shard, "tensor norm.weight is missing"),
+    ("load", "lm/config.json", None, "No such file"),
+    ("load", "lm/config.json", "", "config.json: not readable as JSON"),
+    ("load", "lm/config.json", "[]", "no 'model_type' in it"),
     ("load", "lm/config.json", "{}", "no 'model_type' in it"),
     ("load", "lm/config.json", {"num_hidden_layers": 3}, "tensor layers.2.input_layernorm.weight"),
-    ("load", "lm/config.json", {"num_key_value_heads": 3}, "3 key/value heads"),
+    ("load", "lm/config.json", {"num_key_value_heads": 3}, "(32, 32); expected (48, 32)"),
     *[("load", "lm/config.json", {key: value}, key) for key, value in [
-        ("model_type", "gpt2"), ("hidden_act", "gelu"), ("attention_bias", True),
-        ("mlp_bias", True), ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("quantization_config", {"load_in_4bit": True})]],
-    *[("load", "lm/config.json", {"rope_parameters": {key: "llama3", "factor": 8.0}}, key)
-      for key in ("rope_type", "type")],
-    *[("load", "lm/config.json", {"model_type": "opt", key: value}, key) for key, value in [
-        ("activation_function", "gelu"), ("enable_bias", False),
-        ("do_layer_norm_before", False), ("word_embed_proj_dim", 16)]],  # both as in OPT-350m
+        ("model_type", "gpt2"), ("hidden_act", "gelu"), ("activation_function", "gelu")]],
+    *[("load", "lm/config.json", {place: {key: "linear", "factor": 2.0}}, f"{key} is 'linear'")
+      for place in ("rope_parameters", "rope_scaling") for key in ("rope_type", "type")],
+    ("load", LM, tensors(model_dot_layers_dot_0_dot_mlp_dot_up_proj_dot_bias=torch.zeros(80)),
+     "tensor layers.0.mlp.up_proj.bias is (80,); expected no such tensor"),
     ("tokenize", "lm/tokenizer.model", cut, "not a sentencepiece model"),
-    ("bpe", "bpe/vocab.json", "{", "vocab.json: not JSON"),
-    ("bpe", "bpe/vocab.json", '{"a": 0}', "vocab.json: no '"),
-    ("adapt", ADAPTER, None, "no adapter_model.safetensors"),
+    ("bpe", "bpe/vocab.json", "{", "vocab.json: not readable as JSON"),
+    ("adapt", ADAPTER, None, "none of ['adapter_model.safetensors', 'adapter_model.bin']"),
     ("adapt", ADAPTER, cut, "adapter_model.safetensors: not"),
     *[("adapt", "run/adapter/adapter_config.json", {key: value}, key) for key, value in [
-        ("use_dora", True), ("use_rslora", True), ("bias", "lora_only"), ("peft_type", "LOHA"),
-        ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"])]],
+        ("use_rslora", True), ("alpha_pattern", {"q_proj": 2}), ("peft_type", "LOHA")]],
     ("adapt", ADAPTER, tensors(score=torch.zeros(2)), "tensor score is (2,); expected no such"),
     ("adapt", "run/adapter/adapter_config.json", "{}", "no 'peft_type' in it"),
-    ("adapt", "run/adapter/adapter_config.json", {"r": 0}, "r 0"),
     ("adapt", "run/adapter/adapter_config.json", {"r": 5}, "expected (5, "),
     ("prompt", "run/prompt/adapter_config.json", {"peft_type": "LORA"}, "peft_type 'LORA'"),
     ("prompt", "run/prompt/adapter_config.json", {"num_virtual_tokens": 5}, "expected (5, 32)"),
     ("prompt", PHI, tensors(prompt_embeddings=torch.zeros(4)), "is (4,); expected (4, 32)"),
-    ("table", "run/results.json", None, "results.json: No such file"),
-    ("table", "run/results.json", '{"args": {}, "rows": [{"cell', "results.json: not JSON"),
+    ("table", "run/results.json", None, "No such file"),
+    ("table", "run/results.json", '{"rows": [', "results.json: not readable as JSON"),
     ("table", "run/results.json", '{"rows": [{"cell": 1}]}', "results.json: a row without"),
     ("ask", "run/results.json", {"rows": []}, "no finished spul row"),
-    ("ask", "run/args.json", "{", "args.json: not JSON"),
+    ("ask", "run/args.json", "{", "args.json: not readable as JSON"),
     ("again", ADAPTER, cut, "adapter_model.safetensors: not"),
-    ("data", "train_retain.jsonl", "{", "train_retain.jsonl line 1: not JSON")]
+    ("data", "train_retain.jsonl", "{", "train_retain.jsonl line 1: Expecting")]
 
 @pytest.mark.parametrize("command, file, content, message", SPOILT)
 def test_a_spoilt_file_is_one_line_and_exit_status_2(micro, command, file, content, message, capfd):
@@ -1233,12 +1222,7 @@ def test_tables_have_means_over_seeds_and_a_column_for_each_differing_setting():
     assert lines[-3] == ["mine", "0.0001", "2", *["92.0 ± 2.8 / 92.0 ± 2.8"] * 4]
     assert lines[-2] == ["other", "0.1", "1", *["90.0 / 90.0"] * 4]
     assert "lr" in lines[0] and "beta" not in lines[0]
-    for row in rows[3:]:
-        row["train_forget"] = {"n": 8, "acc": 5.0, "f1": 5.0}  # retain - forget: 45 instead of 0
-    best = table_cells(evaluate.table(rows, kind="best"))
-    assert [line[1] for line in best if line[0] == "other"] == ["0.2"]
-    cells = table_cells(evaluate.table([make_row("mine")], kind="efficiency"))[-1]
-    assert cells[0] == "mine" and {"10", "1", "2.0"} <= set(cells)
+    assert table_cells(evaluate.efficiency(rows))[2] == ["mine", "10", "1", "2.0 ± 0.0"]
 
 class Memory(nn.Module):
     """A random model that knows the texts and answers of some prompts by heart."""
@@ -1288,7 +1272,8 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
     lines = {line[0]: line for line in table_cells(capsys.readouterr().out)}
     for name in ("base", "retrain", "spul", "spul on retrain", "spul, asked for a label",
                  "spul, names misspelt", "spul, unquantised weights", "spul, 8-bit weights",
-                 "another seed's phi", "spul, tuned on 1", "spul, tuned on 16"):
+                 "random phi", "another seed's phi", "ga, lr 0.0001", "spul, tuned on 1",
+                 "spul, tuned on 16"):
         assert len(lines[name]) > 4 and re.search("[a-z]{4}", lines[name][-1]), name
     kept = json.loads(Path("run/audit.json").read_text())
     assert kept.keys() == {"0", "1"}

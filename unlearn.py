@@ -13,7 +13,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -81,7 +80,8 @@ def train(cell, method, model, encoder, prompts, answers, base, args, run):
             start = time.perf_counter()
             step, steps = epoch * len(batches) + i, epochs * len(batches)
             set_learning_rate(optimizer, step, steps, cell["lr"], method)
-            for index in split_step(step_index, args.batch):
+            for k in range(0, len(step_index), args.batch):
+                index = step_index[k:k + args.batch]
                 batch = share_of_process(data.collate(prompts, answers, index, args.device))
                 base_logprobs = gather_base_logprobs(base, batch.index)             # (B,V)
                 prefix = prompt_kv(model, encoder()) if encoder else None
@@ -119,11 +119,6 @@ def make_batches(prompts, cell, method, epoch, args):
     rng = data.generator(f"{cell['seed']}/{epoch}", cell["cell"])
     return data.epoch_batches(prompts, args.batch * args.accumulate, rng,
                               forget_per_batch * args.accumulate)
-
-
-def split_step(step_index, batch):
-    """Return the indices of a step as micro-batches of at most `batch`."""
-    return [step_index[i:i + batch] for i in range(0, len(step_index), batch)]
 
 
 def scale_gradient(logits, is_forget, step_index, prompts):
@@ -188,13 +183,15 @@ def run_cell(point, method, setup, args, run):
     with torch.no_grad():
         phi = encoder() if encoder else None
         prefix = prompt_kv(model, phi) if encoder else None
-    cell["files"] = run.directory(method.trains, cell)
+    cell["files"] = run.directory(method.trains)
     save_result(model, phi, method, run.dir / cell["files"], setup.lm, args)
     if method is QLORA:
         evaluate.merge_dense(model, args)
     states = evaluate.split_states(model, setup.prompts, prefix, args.device)
     row = run.finish(cell, evaluate.scores(model, states, setup.prompts))
-    if method is not QLORA:
+    if method is QLORA:
+        setup.states = states  # L_KL needs them
+    else:
         pred = evaluate.predict(model, states["train_forget"])
         print(evaluate.worst_groups(pred, setup.prompts["train_forget"]))
     return row
@@ -260,23 +257,19 @@ def make_trainable(method, setup, cell, args):
 def initial_phi(setup, cell, args):
     """Return the embeddings (p,D) of tokens at which phi starts, or None with --init mlp (paper).
 
-    --init forget: the tokens most typical of forget examples, by the ratio of the number of forget
-    and retain examples that hold them; --init vocab: random tokens.
+    --init forget takes the tokens most typical of forget examples, by the ratio of the number of
+    forget and retain examples that hold them.
     """
-    p, embeddings = cell["p"], setup.model.embed_tokens.weight
     if args.init == "mlp":
         return None
-    if args.init == "vocab":
-        tokens = data.generator(setup.seed, "initial phi").choices(range(len(embeddings)), k=p)
-        return embeddings[tokens]
     forget, retain = Counter(), Counter()
     for prompt in setup.prompts["train_forget"]:
         forget.update(set(prompt.ids))
     for prompt in setup.prompts["train_retain"]:
         retain.update(set(prompt.ids))
     typical = sorted(forget, key=lambda token: forget[token] / (1 + retain[token]), reverse=True)
-    tokens = (typical * p)[:p]  # repeated if there are fewer than p
-    return embeddings[tokens]
+    tokens = (typical * cell["p"])[:cell["p"]]  # repeated if there are fewer than p
+    return setup.model.embed_tokens.weight[tokens]
 
 
 def save_result(model, phi, method, dir, lm, args):
@@ -301,9 +294,7 @@ def prepare(seed, base, args, run):
         states = evaluate.split_states(setup.model, setup.prompts, None, args.device)
         run.finish(vanilla, evaluate.scores(setup.model, states, setup.prompts))
     row = run_cell({"name": "qlora", "lr": args.qlora_lr}, QLORA, setup, args, run)
-    if base == "full":
-        evaluate.check_learned(row, setup.prompts)
-    setup.model = evaluate.load_base(lm, args, run.dir / row["files"])
+    setup.adapter, setup.model = row["files"], evaluate.load_base(lm, args, run.dir / row["files"])
     return setup
 
 
@@ -314,7 +305,6 @@ def grid(args):
         method = METHODS[name]
         is_prompt = method.trains == "prompt"
         rates = args.lr if is_prompt else args.baseline_lr
-        rates = rates or [BASELINE_LR[args.preset].get(name, 1e-5)]
         lengths = args.p if is_prompt else [None]
         alphas = args.alpha if "alpha" in method.flags else [None]
         betas = args.beta if "beta" in method.flags else [None]
@@ -340,7 +330,7 @@ def main(argv=None):
     stop_processes()
 
 
-# ---- the embedded toy LM -----------------------------------------------------------------------
+# ---- support: the embedded toy LM --------------------------------------------------------------
 
 TOY_LM = {"vocab_size": 1000, "D": 128, "layers": 4, "heads": 4, "steps": 450, "batch": 32,
           "lr": 2e-3, "lists": 0.35, "text_weight": 0.1}
@@ -416,24 +406,23 @@ BASE_SETTINGS = ("model dataset weights dtype dense tune max_len max_train max_t
 PROMPT_SETTINGS = "epochs hidden init beta2 forget_per_batch".split()
 
 
-def make_cell(setup, args, method, name, lr=None, alpha=None, beta=None, p=None,
-              forget_fraction=None):
-    """Return a row of results.json without its results: a unique name and all of its settings."""
+def make_cell(setup, args, method, name, **point):
+    """Return a row of results.json without its results: a name and all of its settings."""
     settings = {key: getattr(args, key) for key in BASE_SETTINGS}
     settings |= {"epochs": args.qlora_epochs, "beta2": 0.999, "forget_per_batch": 0}
     base = setup.base if method else None
     cell = f"{name}-{base}-s{setup.seed}" if base else f"{name}-s{setup.seed}"
+    point = {"forget_fraction": None, "lr": None, "alpha": None, "beta": None, "p": None} | point
     if name in METHODS:
         settings |= {key: getattr(args, key) for key in PROMPT_SETTINGS}
         if method.trains != "prompt":
             settings |= {"epochs": args.baseline_epochs, "beta2": 0.999}
-        marks = {"f": forget_fraction, "lr": lr, "a": alpha, "b": beta, "p": p}
-        for letter, value in marks.items():
-            cell += f"-{letter}{value:g}" if value is not None else ""
+        for mark, value in zip(("f", "lr", "a", "b", "p"), point.values()):
+            cell += f"-{mark}{value:g}" if value is not None else ""
     return {"cell": cell, "method": name, "base": base, "model": args.model or "toy",
-            "lm": setup.lm, "dataset": args.dataset, "seed": setup.seed, "alpha": alpha,
-            "beta": beta, "p": p, "lr": lr, "forget_fraction": forget_fraction, "files": None,
-            "trainable_params": 0, "epochs": 0, "seconds_per_epoch": 0.0, "settings": settings}
+            "lm": setup.lm, "dataset": args.dataset, "seed": setup.seed, **point, "files": None,
+            "adapter": setup.adapter, "trainable_params": 0, "epochs": 0,
+            "seconds_per_epoch": 0.0, "settings": settings}
 
 
 class Run:
@@ -447,17 +436,8 @@ class Run:
             write_json(self.dir / "args.json", vars(args))
 
     def find(self, cell):
-        """Return the finished row of this cell, or None. InputError if its settings differ."""
-        for row in self.rows:
-            if row["cell"] == cell["cell"]:
-                old, new = row["settings"], cell["settings"]
-                changed = [key for key in new if old.get(key) != new[key]]
-                if changed:
-                    raise InputError(f"{self.results}: {row['cell']} was made with {changed[0]} "
-                                     f"{old.get(changed[0])}, now it is {new[changed[0]]}; give "
-                                     "another --out to keep both")
-                return row
-        return None
+        """Return the finished row with the name and all settings of this cell, or None."""
+        return evaluate.find_row(self.rows, cell=cell["cell"], settings=cell["settings"])
 
     def finish(self, cell, scores):
         """Add a row to results.json and print it. Returns the row."""
@@ -469,10 +449,10 @@ class Run:
         print(evaluate.table([row]), flush=True)
         return row
 
-    def directory(self, kind, cell):
-        """Return the directory for a cell's files: `kind` if it is free, else kind-CELL."""
-        taken = [row["files"] for row in self.rows]
-        return f"{kind}-{cell['cell']}" if kind in taken else kind
+    def directory(self, kind):
+        """Return the directory for a cell's files: adapter, prompt or weights, if it is free."""
+        is_free = all(row["files"] != kind for row in self.rows)
+        return kind if is_free else f"{kind}-{len(self.rows)}"
 
     def checkpoint(self, cell):
         """Return the path of a cell's training state."""
@@ -511,7 +491,7 @@ def save_checkpoint(run, cell, params, optimizer, epoch, seconds):
 
 
 def load_checkpoint(run, cell, params, optimizer):
-    """Restore what `save_checkpoint` wrote, if it is there. Returns epochs done and seconds."""
+    """Restore what `save_checkpoint` wrote for this cell. Returns epochs done and seconds."""
     path = run.checkpoint(cell)
     if not path.is_file():
         return 0, 0.0
@@ -543,7 +523,7 @@ data
 model
 --model             text     -    LLaMA or OPT checkpoint directory (the toy: pretrained here)
 --weights           nf4|bf16|fp32  nf4  how the frozen weights are stored
---dense             yes/no   -    unpack NF4 once (default: on a CPU, up to 2 GB of weights)
+--dense             switch   -    unpack NF4 once (default: on a CPU, up to 2 GB of weights)
 --dtype             fp32|bf16  -  compute dtype (default: bf16 where the hardware is fast at it)
 --device            text     -    cpu or cuda (default: cuda where there is a GPU)
 --checkpointing     switch   -    recompute layers in the backward pass: less memory, more time
@@ -551,7 +531,7 @@ base model (QLoRA)
 --base*             full|retain  full  what it learns: all, or the retain set (retrained reference)
 --rank              count    16   rank of LoRA
 --lora-alpha        float>0  64   LoRA's alpha
---lora-dropout      0..<1    0.1  LoRA's dropout
+--lora-dropout      0..<1    0.1  0    0.1  LoRA's dropout
 --targets*          text     q_proj,v_proj  all  all  linear layers that LoRA adapts, or all
 --qlora-lr          float>0  1e-4  5e-4  1e-4  learning rate
 --qlora-epochs      count    10   2    1    epochs (paper: sst2 10, yelp 2, wmdp+sciq 5)
@@ -562,11 +542,11 @@ unlearning (flags with several values make a grid)
 --p*                count    30   30   20   tokens of the soft prompt
 --lr*               float>0  1e-4  2e-3  1e-3  learning rate of phi
 --epochs            count    10   4    1    epochs of phi
---baseline-lr*      float>0  -    learning rate of the baselines (default: searched)
+--baseline-lr*      float>0  1e-5  3e-5  1e-4  learning rate of the baselines
 --baseline-epochs   count    1    epochs of the baselines
 --forget-fraction*  0<..1    1    part of the forget set that unlearning sees, Table 4
 --forget-per-batch  int>=0   0    8    8    forget examples per batch; 0: as they come (paper)
---init              mlp|forget|vocab  mlp  forget  forget  start phi at tokens of these (paper: mlp)
+--init              mlp|forget  mlp  forget  forget  where phi starts: encoder or forget tokens
 --hidden            count    128  width of phi's encoder
 --beta2             0..<1    0.999  0.95  0.95  AdamW's beta2 for phi
 --tune              full|lora  full  what the baselines train: all weights, or the adapter
@@ -582,12 +562,6 @@ running
 --explain           switch   -    at the end, show SPUL on two examples
 """
 PAPER_QLORA_EPOCHS = {"sst2": 10, "yelp": 2, "wmdp+sciq": 5}
-# toy: the best of a search on seed 0; small: not searched yet, a starting point. The paper's own
-# search is not reported; methods without an entry use 1e-5.
-BASELINE_LR = {
-    "paper": {},
-    "small": {"ga": 1e-5, "rl": 1e-5, "ga+kl": 1e-5, "ga+gd": 1e-5},
-    "toy": {"ga": 1e-4, "rl": 1e-4, "ga+kl": 1e-4, "ga+gd": 1e-4}}
 
 
 def parse(argv=None):
@@ -657,7 +631,6 @@ def shard(model):
     """Spread weights, gradients and optimizer state over the processes (fully_shard), in place."""
     if torch.distributed.is_initialized():
         from torch.distributed.fsdp import fully_shard
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         kind, world = model.lm_head.weight.device.type, torch.distributed.get_world_size()
         mesh = torch.distributed.init_device_mesh(kind, (world,))
         for part in (*model.layers, model):
