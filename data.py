@@ -88,6 +88,9 @@ def label_tokens(tokenizer, task, text):
             raise InputError(f"label {label!r} is {len(ids) - len(prompt)} tokens here; expected "
                              "one: choose other words with --labels and --generic")
         tokens[label] = ids[-1]
+    if len(set(tokens.values())) < len(task.labels) + len(task.generic):
+        raise InputError(f"two labels have the same token: {tokens}; choose other words with "
+                         "--labels and --generic")
     return tokens
 
 
@@ -146,21 +149,22 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
     to every batch. Prompts of one batch have about the same length, which saves padding.
     """
     forget = [i for i, prompt in enumerate(prompts) if prompt.is_forget]
-    retain = sorted(set(range(len(prompts))) - set(forget))
+    retain = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
     if not (forget_per_batch and retain and forget):
-        retain, forget_per_batch = range(len(prompts)), 0
+        retain, forget_per_batch = list(range(len(prompts))), 0
+    n_retain, batches, queue = batch - forget_per_batch, [], []
     retain = rng.sample(retain, len(retain))
-    size = batch - forget_per_batch
-    batches = []
-    for start in range(0, len(retain), 50 * size):  # sort 50 batches' worth by length
-        part = sorted(retain[start:start + 50 * size], key=lambda i: len(prompts[i].ids))
-        batches += [part[i:i + size] for i in range(0, len(part), size)]
+    for start in range(0, len(retain), 50 * n_retain):  # sort 50 batches' worth by length
+        part = sorted(retain[start:start + 50 * n_retain], key=lambda i: len(prompts[i].ids))
+        parts = [part[k:k + n_retain] for k in range(0, len(part), n_retain)]
+        n_forget = forget_per_batch * len(parts)
+        while len(queue) < n_forget:
+            queue += rng.sample(forget, len(forget))
+        added = sorted(queue[:n_forget], key=lambda i: len(prompts[i].ids))
+        queue = queue[n_forget:]
+        for k, indices in enumerate(parts):
+            batches.append(indices + added[k * forget_per_batch:(k + 1) * forget_per_batch])
     rng.shuffle(batches)
-    queue = []
-    for indices in batches:
-        for _ in range(forget_per_batch):
-            queue = queue or rng.sample(forget, len(forget))
-            indices.append(queue.pop(0))
     return batches
 
 
@@ -268,11 +272,10 @@ class ByteLevelBPE:
 
 # ---- support: datasets -------------------------------------------------------------------------
 
-def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=None):
+def load_splits(name, data_dir, seed=0, max_train=None, max_test=None):
     """Return {split: [Example]} of a dataset, with the counts of the paper's Table 1.
 
     max_train, max_test: the most examples, drawn at random from forget and retain set together.
-    notes: a list, to which a line about what is forgotten is appended.
     """
     if name == "yelp":  # sampled before it is clustered
         splits = yelp_splits(data_dir, seed, max_train, max_test)
@@ -289,10 +292,13 @@ def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, notes=Non
     for split in SPLITS:
         if not splits[split]:
             raise InputError(f"{name}: the {split} set is empty; give or allow more examples")
-    if notes is not None:
-        groups = {example.group for example in splits["train_forget"] + splits["test_forget"]}
-        notes.append(f"forgotten: {', '.join(sorted(groups)) or 'the forget set'}")
     return splits
+
+
+def forgotten(splits):
+    """Return one line: the people or topics that are forgotten."""
+    groups = {example.group for example in splits["train_forget"] + splits["test_forget"]} - {""}
+    return f"forgotten: {', '.join(sorted(groups)) or 'the forget set'}"
 
 
 def split_by_group(examples, n_train, chosen):
@@ -479,7 +485,8 @@ def sst2_splits(data_dir, seed):
     examples = []
     for part in ("train", "dev"):
         for text, label in read_rows(data_dir, part, ("sentence", "label"), ZERO_ONE):
-            examples.append(Example(text.strip(), ZERO_ONE[str(label)], *named_people(text)[:1]))
+            people = named_people(text) or [""]
+            examples.append(Example(text.strip(), ZERO_ONE[str(label)], people[0]))
     splits = split_by_group(examples, len(examples), PEOPLE)
     rng = generator(seed, "split")
     for part in ("retain", "forget"):
@@ -540,7 +547,7 @@ def cluster_topics(train, test, seed):
 def wmdp_sciq_splits(data_dir, seed):
     """Return SciQ to retain and WMDP-bio to forget, 900 of its 1,273 questions in train."""
     rng, sciq = generator(seed, "options"), {}
-    wmdp = [four_options(*row, rng)
+    wmdp = [four_options(*row, rng)._replace(group="hazardous biology")
             for row in read_rows(data_dir, "wmdp-bio", ("question", "choices", "answer"))]
     columns = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
     for part in ("train", "valid", "test"):
@@ -589,7 +596,7 @@ def read_rows(data_dir, stem, columns, labels=None, header=True):
     header: the first line of a .csv or .tsv names the columns; else they are exactly `columns`.
     """
     path, rows = find_file(data_dir, stem), []
-    line = 2 if header and path.suffix in (".csv", ".tsv") else 1
+    row_number = 2 if header and path.suffix in (".csv", ".tsv") else 1  # the header is row 1
     try:
         for row in parse_rows(path, None if header else columns):
             if not isinstance(row, dict):
@@ -600,9 +607,9 @@ def read_rows(data_dir, stem, columns, labels=None, header=True):
             if labels and str(row["label"]) not in labels:
                 raise ValueError(f"label {row['label']!r}; expected {' or '.join(labels)}")
             rows.append([row.get(column) for column in columns])
-            line += 1
+            row_number += 1
     except (ValueError, csv.Error, ImportError) as error:
-        raise InputError(f"{path} line {line}: {error}") from None
+        raise InputError(f"{path} row {row_number}: {error}") from None
     return rows
 
 
@@ -735,14 +742,12 @@ def main(argv=None):
     args = parse_flags("Print Table 1, what is forgotten, and what leaks.", FLAGS, argv,
                        {"dataset": DATASETS})
     fill_defaults(args, FLAGS)
-    notes = []
-    splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test,
-                         notes)
+    splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test)
     if args.save_splits:
         save_splits(splits, args.save_splits)
     for split in SPLITS:
         print(f"{split:14}{len(splits[split]):8,}")
-    print(notes[0])
+    print(forgotten(splits))
     shown = {example.text for example in splits["train_retain"] + splits["train_forget"]}
     tested = [example.text for example in splits["test_retain"] + splits["test_forget"]]
     n_shown = sum(text in shown for text in tested)

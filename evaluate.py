@@ -6,6 +6,7 @@
 
 n is the number of prompts; the other axes are those of soft_prompt.py.
 """
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -83,15 +84,16 @@ def true_answers(prompts):
     return torch.tensor([prompt.label for prompt in prompts])
 
 
-def worst_groups(pred, prompts, n=3):
-    """Return one line: the n people or clusters that are still answered most, "" if unnamed."""
+def print_worst_groups(pred, prompts, n=3):
+    """Print one line: the n people or clusters that are still answered most, if they are named."""
     right = defaultdict(list)
     for token, prompt in zip(pred, prompts):
         if prompt.group:
             right[prompt.group].append(int(token) == prompt.label)
     worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:n]
     parts = [f"{group} {100 * mean(right[group]):.1f} % of {len(right[group])}" for group in worst]
-    return f"still answered: {', '.join(parts)}" if parts else ""
+    if parts:
+        print(f"still answered: {', '.join(parts)}")
 
 
 # ---- support: tables ---------------------------------------------------------------------------
@@ -161,7 +163,7 @@ def paper_cells(row):
     The toy is compared with SST-2. Of SPUL's cells: ours if it is there, else the headline row.
     """
     name = Path(row["model"]).name.lower()
-    model = "OPT-1.3B" if "opt" in name else "LLaMA-2-13B" if "13b" in name else "LLaMA-2-7B"
+    model = "OPT-1.3B" if "opt-" in name else "LLaMA-2-13B" if "13b" in name else "LLaMA-2-7B"
     wanted = [model, "sst2" if row["dataset"] == "toy" else row["dataset"], system_name(row)]
     ours = [str(row[key]) for key in ("alpha", "beta", "forget_fraction")]
     lines = [line.split() for line in PAPER.strip().splitlines()]
@@ -169,7 +171,10 @@ def paper_cells(row):
     lines = [line for line in lines if line[3:6] == ours] or lines
     if not lines:
         return []
-    return [f"*paper,* {model}", *[pair.replace("/", " / ") for pair in lines[0][6:]]]
+    title, found = f"*paper,* {model}", lines[0][3:6]
+    if found != ours and "-" not in found:
+        title += f", alpha {found[0]}, beta {found[1]}"
+    return [title, *[pair.replace("/", " / ") for pair in lines[0][6:]]]
 
 
 def setting(row, key):
@@ -210,7 +215,7 @@ def table(rows):
     lines = [["ACC / F1", *keys, "seeds", *[split.replace("_", " ") for split in data.SPLITS]]]
     for (name, *values), group in group_rows(rows, keys).items():
         scores = [score_cell(group, split) for split in data.SPLITS]
-        lines.append([name, *values, str(len(group)), *scores])
+        lines.append([name, *values, str(len({row["seed"] for row in group})), *scores])
         paper = paper_cells(group[0])
         if paper:
             lines.append([paper[0], *[""] * len(keys), "", *paper[1:]])
@@ -220,9 +225,9 @@ def table(rows):
 def efficiency(rows):
     """Return the number of trained parameters and the time of each system as a Markdown table."""
     lines = [["", "trained parameters", "epochs", "seconds per epoch"]]
-    for (name, epochs), group in group_rows(rows, ["epochs"]).items():
+    for (name, epochs, n), group in group_rows(rows, ["epochs", "trainable_params"]).items():
         seconds = mean_std([row["seconds_per_epoch"] for row in group])
-        lines.append([name, f"{group[0]['trainable_params']:,}", epochs, seconds])
+        lines.append([name, f"{int(n):,}", epochs, seconds])
     return render(lines)
 
 
@@ -313,8 +318,7 @@ def plot_tsne(setup, path):
 def plot_lens(setup, path):
     """Draw what base, retrain and SPUL would answer to the test forget set after each layer."""
     fig, axes = new_figure()
-    systems = list(load_systems(setup).items())[:4]  # without the baselines
-    for i, (name, system) in enumerate(systems):
+    for i, (name, system) in enumerate(load_systems(setup).items()):
         layers = lens(setup, system)
         for ax, column in zip(axes, ("among labels", "generic")):
             ax.plot(range(1, len(layers) + 1), [numbers[column] for numbers in layers], label=name,
@@ -387,7 +391,7 @@ def audit(run):
         if system_name(row) == "spul" and row["seed"] not in seeds:
             print(f"auditing seed {row['seed']}", flush=True)
             setup = load_run(run, row["files"])
-            systems = load_systems(setup)
+            systems = load_systems(setup) | load_baselines(setup)
             for name in ("base", "spul"):
                 layers = [numbers["among labels"] for numbers in lens(setup, systems[name])]
                 best = layers.index(max(layers))
@@ -430,21 +434,26 @@ def verdict(numbers, base):
 
 
 def load_systems(setup):
-    """Return {name: System}: base, retrain, spul, spul on retrain and the baselines of its seed."""
-    rows = [row for row in read_rows([setup.run]) if row["seed"] == setup.seed]
-    same = {key: setup.row[key] for key in ("settings", *SETTINGS)}
-    control = find_row(rows, method="spul", base="retain", **same)
+    """Return {name: System}: base, retrain, spul, and spul on retrain."""
+    same = {key: setup.row[key] for key in ("settings", "seed", *SETTINGS)}
+    control = find_row(read_rows([setup.run]), method="spul", base="retain", **same)
     if control is None:
-        raise InputError(f"{setup.run}: no spul on a model that never saw the forget set; run "
-                         "unlearn.py again with --base full retain")
+        raise InputError(f"{setup.run}: no spul row like {setup.row['files']} on a model that never "
+                         "saw the forget set; run unlearn.py again with --base full retain")
     model = load_base(setup.lm, setup.args, setup.run / control["adapter"])
-    systems = {"base": System(setup.model), "retrain": System(model),
-               "spul": System(setup.model, setup.prefix),
-               "spul on retrain": load_phi(setup, model, control)}
-    for row in rows:
-        if row["base"] == "full" and row["files"].startswith("weights"):
-            model = load_model(setup.run / row["files"], "fp32", setup.args.device)
-            systems[f"{row['method']}, lr {row['lr']:g}"] = System(model)
+    return {"base": System(setup.model), "retrain": System(model),
+            "spul": System(setup.model, setup.prefix),
+            "spul on retrain": load_phi(setup, model, control)}
+
+
+def load_baselines(setup):
+    """Return {cell: System} of the baselines of this seed that trained all weights."""
+    systems = {}
+    for row in read_rows([setup.run]):
+        is_mine = row["seed"] == setup.seed and row["base"] == "full"
+        if is_mine and row["files"].startswith("weights"):
+            model = load_model(setup.run / row["files"], setup.args.dtype, setup.args.device)
+            systems[row["cell"]] = System(model)
     return systems
 
 
@@ -547,11 +556,13 @@ def rephrase(setup, systems):
 def reword(setup, system, template, change=None):
     """Return the system with test prompts of another template, and of the texts change(example)."""
     task, prompts = setup.task._replace(template=template), {}
+    added = len(setup.tokenizer.encode(template)) - len(setup.tokenizer.encode(setup.task.template))
+    max_len = setup.args.max_len + max(0, added)
     for split in ("test_forget", "test_retain"):
         prompts[split] = []
         for example, prompt in zip(setup.splits[split], setup.prompts[split][:MAX_AUDIT]):
             text = change(example) if change else example.text
-            ids = data.encode_prompt(setup.tokenizer, task, text, setup.args.max_len)
+            ids = data.encode_prompt(setup.tokenizer, task, text, max_len)
             prompts[split].append(prompt._replace(ids=ids))
     return system._replace(prompts=prompts)
 
@@ -561,14 +572,14 @@ def misspell(example):
     text = example.text
     for name in example.group.split():
         wrong = name[:-2] + name[-1] + name[-2]
-        text = text.replace(name, wrong if wrong != name else name + name[-1])
+        text = re.sub(rf"\b{name}\b", wrong if wrong != name else name + name[-1], text)
     return text
 
 
-def reload_base(setup, **settings):
+def reload_base(setup, merge=True, **settings):
     """Return the base model again, loaded with other values for some flags."""
     args = SimpleNamespace(**(vars(setup.args) | settings))
-    return load_base(setup.lm, args, setup.run / setup.adapter)
+    return load_base(setup.lm, args, setup.run / setup.adapter, merge)
 
 
 def replace_parts(setup):
@@ -587,6 +598,7 @@ def replace_parts(setup):
     for row in read_rows([setup.run]):
         if system_name(row) == "spul" and row["seed"] != setup.seed:
             systems["another seed's phi"] = load_phi(setup, setup.model, row)
+            break
     return systems
 
 
@@ -594,7 +606,7 @@ def tune_adapter(setup):
     """Return {name: System}: the adapter tuned for 20 steps on the true answers of k examples."""
     systems = {}
     for k in (1, 16):
-        model = reload_base(setup, tune="lora")  # its adapter is not merged
+        model = reload_base(setup, merge=False)
         params = [w.requires_grad_(True) for name, w in model.named_parameters() if "lora_" in name]
         optimizer = torch.optim.AdamW(params, setup.args.qlora_lr)
         prompts = setup.prompts["train_forget"][:k]
@@ -650,18 +662,19 @@ class Setup:
 
 def load_data(args, seed, lm):
     """Return a Setup with the data of one seed, in the tokens of the model in directory lm."""
-    notes = []
-    splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test,
-                              notes)
-    print("\n".join(notes))
+    splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test)
+    print(data.forgotten(splits))
     tokenizer, task = data.load_tokenizer(lm), data.task_from_args(args)
     tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
     prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
     return Setup(args, seed, str(lm), tokenizer, task, tokens, splits, prompts)
 
 
-def load_base(lm, args, adapter=None):
-    """Return the frozen model of directory lm, with the adapter if given, as training uses it."""
+def load_base(lm, args, adapter=None, merge=True):
+    """Return the frozen model of directory lm, with the adapter if given, as training uses it.
+
+    The adapter is merged into dense weights, unless merge is False.
+    """
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     model = load_model(lm, args.weights, args.device, dtype if args.weights == "nf4" else None)
     model.checkpointing = args.checkpointing
@@ -669,14 +682,9 @@ def load_base(lm, args, adapter=None):
         unpack_nf4(model)
     if adapter:
         load_adapter(model, adapter)
-        merge_dense(model, args)
+        if args.dense and merge:
+            merge_lora(model)
     return model.requires_grad_(False).eval()
-
-
-def merge_dense(model, args):
-    """Merge the adapter into dense weights, unless a baseline trains the adapter."""
-    if args.dense and args.tune == "full":
-        merge_lora(model)
 
 
 def read_rows(runs):
@@ -701,12 +709,14 @@ def find_row(rows, **wanted):
     return None
 
 
-def load_run(run, files="prompt"):
-    """Return the Setup of the phi in directory run/files."""
-    run, rows = Path(run), read_rows([run])
-    row = find_row(rows, method="spul", files=files)
+def load_run(run, files=None):
+    """Return the Setup of the phi in directory run/files, by default of the newest spul row."""
+    run, row = Path(run), None
+    for candidate in read_rows([run]):
+        if system_name(candidate) == "spul" and files in (None, candidate["files"]):
+            row = candidate
     if row is None:
-        raise InputError(f"{run} has no finished spul row in {files}; run unlearn.py first")
+        raise InputError(f"{run} has no finished spul row {files or ''}; run unlearn.py first")
     args = read_json(run / "args.json", "the flags of a run of unlearn.py", ["device", "data_dir"])
     args = SimpleNamespace(**(args | row["settings"]))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -714,7 +724,7 @@ def load_run(run, files="prompt"):
     setup = load_data(args, row["seed"], row["lm"])
     setup.run, setup.row, setup.adapter = run, row, row["adapter"]
     setup.model = load_base(row["lm"], args, run / setup.adapter)
-    setup.phi = load_prompt(run / files, setup.model.config.hidden_size).to(args.device)
+    setup.phi = load_prompt(run / row["files"], setup.model.config.hidden_size).to(args.device)
     setup.prefix = prompt_kv(setup.model, setup.phi)
     return setup
 
@@ -734,7 +744,7 @@ runs*      text                          -       run directories of unlearn.py
 --tsne     text                          -       draw Fig. 1, the states at the answer, as .png
 --lens     text                          -       draw the answer layer by layer, as .png
 --ask      text                          -       a text to answer without and with phi
---phi      text                          prompt  directory in the run of the phi to take
+--phi      text                          -       directory in the run of the phi to take
 --audit    switch                        -       is it really forgotten?
 """
 

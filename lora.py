@@ -67,8 +67,8 @@ def wrap_layers(model, names, rank, alpha, dropout):
 def merge_lora(model, dtype=None):
     """Make every adapted or 4-bit layer a dense one, in place. Returns the model, in dtype.
 
-    The baselines' full fine-tuning thus starts from the function that QLoRA trained. (released
-    code: merges into the unquantised weights, which is another function.)
+    Each becomes its DEQUANTISED weight plus its LoRA update: the function that QLoRA trained, up to
+    rounding. (released code: merges into the unquantised weights, which is another function.)
     """
     dtype = dtype or model.embed_tokens.weight.dtype
     for name, layer in list(model.named_modules()):
@@ -90,13 +90,13 @@ def peft_tensors(model):
     return tensors
 
 
-def save_adapter(model, dir, base=""):
-    """Write the LoRA layers as `PeftModel.from_pretrained` reads them. base: the model's name."""
+def save_adapter(model, dir, lm=""):
+    """Write the LoRA layers as `PeftModel.from_pretrained` reads them. lm: the model's name."""
     tensors = peft_tensors(model)
     lora = next(layer for layer in model.modules() if isinstance(layer, LoraLinear))
     write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
     write_json(Path(dir) / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(lm),
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
         "target_modules": sorted({name.split(".")[-3] for name in tensors})})
 

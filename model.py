@@ -152,7 +152,10 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, rotary):
-    """Rotate each pair (x[i], x[i+d/2]) of x (B,H,T,d), Hugging Face's half-split layout."""
+    """Rotate each pair (x[i], x[i+d/2]) of x (B,H,T,d), Hugging Face's half-split layout.
+
+    The first half of the sines is negated in the table: x[i] cos - x[i+d/2] sin.
+    """
     cos, sin = rotary
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
@@ -172,8 +175,8 @@ def attention_mask(T, p, answer_pos, device):
     query = torch.arange(T, device=device)[:, None]
     if answer_pos is not None:
         query = answer_pos[:, None, None, None]
-    hidden = torch.arange(p + T, device=device) > p + query
-    return torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)
+    is_later = torch.arange(p + T, device=device) > p + query
+    return torch.zeros(is_later.shape, device=device).masked_fill(is_later, -math.inf)
 
 
 class Attention(nn.Module):
@@ -195,8 +198,9 @@ class Attention(nn.Module):
 
     def forward(self, x, prefix, rotary, answer_pos):
         B, T, _ = x.shape
-        asking = gather_answer_position(x, answer_pos)                         # (B,S,D), S = T or 1
-        q = self.q_proj(asking).view(B, -1, self.H, self.d).transpose(1, 2)    # (B,H,S,d)
+        queries = gather_answer_position(x, answer_pos)                        # (B,S,D)
+        S = queries.shape[1]                                                   # T or 1
+        q = self.q_proj(queries).view(B, S, self.H, self.d).transpose(1, 2)    # (B,H,S,d)
         k = self.k_proj(x).view(B, T, self.G, self.d).transpose(1, 2)          # (B,G,T,d)
         v = self.v_proj(x).view(B, T, self.G, self.d).transpose(1, 2)          # (B,G,T,d)
         if rotary is not None:
@@ -208,6 +212,7 @@ class Attention(nn.Module):
         if prefix is not None:
             k = torch.cat([prefix[0].expand(B, -1, -1, -1), k], dim=2)         # (B,G,p+T,d)
             v = torch.cat([prefix[1].expand(B, -1, -1, -1), v], dim=2)         # (B,G,p+T,d)
+        # H/G query heads share a key/value head: their queries stand in one matrix of H/G * S rows
         q = q.reshape(B, self.G, -1, self.d) * self.d ** -0.5                  # (B,G,H/G*S,d)
         scores = (q @ k.mT).view(B, self.H, -1, k.shape[2])                    # (B,H,S,p+T)
         mask = attention_mask(T, k.shape[2] - T, answer_pos, x.device)
@@ -285,8 +290,8 @@ class LanguageModel(nn.Module):
         x, rotary = self.add_positions(x, p)
         new_kv = []
         for i, layer in enumerate(self.layers):
-            asking = answer_pos if layer is self.layers[-1] else None  # only the answer is read
-            inputs = (x, prefix[i] if prefix else None, rotary, asking)
+            position = answer_pos if layer is self.layers[-1] else None  # only the answer is read
+            inputs = (x, prefix[i] if prefix else None, rotary, position)
             if self.checkpointing:
                 x, kv = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -310,7 +315,7 @@ class Llama(LanguageModel):
         d, T = self.config.head_dim, x.shape[1]
         frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device) / d)
         angle = torch.arange(p, p + T, device=x.device)[:, None] * frequency  # (T,d/2)
-        angle = torch.cat([-angle, angle], dim=-1)  # (T,d); `rotate` negates half of the sines
+        angle = torch.cat([-angle, angle], dim=-1)  # (T,d); sin(-a) = -sin(a): see `rotate`
         return x, torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
 
 

@@ -20,9 +20,10 @@ from model import check_shapes, read_adapter, write_json, write_tensors
 class PromptEncoder(nn.Module):
     """Compute phi (p,D) from trainable parameters, as P-tuning does (Liu et al. 2021).
 
-    Embedding(p,D) -> Linear(D,h) -> ReLU -> Linear(h,h) -> ReLU -> Linear(h,D). With h = 128 and
-    p = 30 it has the paper's 1,192,192 trainable parameters on LLaMA-2-7B. With `init` (p,D),
-    phi = init + MLP(E) with a last layer of zeros: training starts at init. (paper: no init.)
+    Embedding(p,D) -> Linear(D,hidden) -> ReLU -> Linear(hidden,hidden) -> ReLU ->
+    Linear(hidden,D). With hidden = 128 and p = 30 it has the paper's 1,192,192 trainable parameters
+    on LLaMA-2-7B. With `init` (p,D), phi = init + MLP(E) with a last layer of zeros: training
+    starts at init. (paper: no init.)
     """
 
     def __init__(self, p, D, hidden=128, init=None):
@@ -46,7 +47,8 @@ class PromptEncoder(nn.Module):
 def prepend(phi, embeds):
     """Return phi (p,D) followed by embeds (B,T,D), as (B,p+T,D).
 
-    This is the definition; training uses `prompt_kv`, the same function at a lower cost.
+    This is the definition. Training and evaluation use `prompt_kv`, with which the model gives the
+    same logits at a lower cost (a test compares both, and the gradients).
     """
     phi = phi.to(embeds.dtype).expand(len(embeds), -1, -1)  # (B,p,D)
     return torch.cat([phi, embeds], dim=1)
@@ -55,13 +57,15 @@ def prepend(phi, embeds):
 def prompt_kv(model, phi):
     """Return each layer's keys and values of phi (p,D), (1,G,p,d), with gradient: a `prefix`.
 
-    Attention is causal, so phi never sees the text, and its keys and values are the same for every
-    example. Computed once per step they cost p tokens instead of B*p: with p = 30, B = 32, T = 48
-    a step processes 1,566 tokens instead of 2,496.
+    Attention is causal, so phi at positions 0 ... p-1 never sees the text, and its keys and values
+    are the same for every example. `model.Attention` puts them before those of the text, whose
+    positions start at p, so the text sees just what it would see behind phi itself. Computed once
+    per step they cost p tokens instead of B*p: with p = 30, B = 32, T = 48 a step processes 1,566
+    tokens instead of 2,496.
     """
     embeds = phi.to(model.embed_tokens.weight.dtype)[None]  # (1,p,D)
     first = torch.zeros(1, dtype=torch.long, device=phi.device)
-    _, prefix = model.hidden(embeds, answer_pos=first)  # the last layer computes one query only
+    _, prefix = model.hidden(embeds, answer_pos=first)  # all K, V; the state itself is not needed
     return prefix
 
 
@@ -83,9 +87,9 @@ def cross_entropy(logits, y, part):
 
 
 def kl_divergence(logits, base_logprobs, part):
-    """Return the mean over `part` of KL(h(phi,x) || h(x)), in float32.
+    """Return the mean over `part` of KL(h(phi,x) || h(x)), in float32. (released code: the reverse)
 
-    logits (B,V) with the prompt, base_logprobs (B,V) without it, part (B,) bool.
+    logits (B,V) of what is trained, base_logprobs (B,V) of the frozen base, part (B,) bool.
     """
     logprobs = logits.float().log_softmax(-1)
     divergence = (logprobs.exp() * (logprobs - base_logprobs.float())).sum(-1)  # (B,)
@@ -108,19 +112,19 @@ def spul_loss(logits, base_logprobs, y, is_forget, alpha, beta):
     is_retain = ~is_forget
     L_f = cross_entropy(logits, y, is_forget)               # Eq. (2)
     L_r = cross_entropy(logits, y, is_retain)               # Eq. (3)
-    L_kl = kl_divergence(logits, base_logprobs, is_retain)  # Eq. (4); released code: KL(h(x)||..)
+    L_kl = kl_divergence(logits, base_logprobs, is_retain)  # Eq. (4)
     loss = L_f + alpha * L_r + beta * L_kl                  # Eq. (5)
     return loss, {"L_f": L_f, "L_r": L_r, "L_kl": L_kl}
 
 
 # ---- support: files in PEFT's format -----------------------------------------------------------
 
-def save_prompt(phi, dir, base=""):
-    """Write phi (p,D) to dir as an adapter that PEFT loads as P-tuning. base: the model's name."""
+def save_prompt(phi, dir, lm=""):
+    """Write phi (p,D) to dir as an adapter that PEFT loads as P-tuning. lm: the model's name."""
     p, D = phi.shape
     write_tensors(Path(dir) / "adapter_model.safetensors", {"prompt_embeddings": phi.float()})
     write_json(Path(dir) / "adapter_config.json", {
-        "peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(lm),
         "inference_mode": True, "num_virtual_tokens": p, "token_dim": D,
         "num_transformer_submodules": 1, "encoder_reparameterization_type": "MLP",
         "encoder_hidden_size": 128})

@@ -32,10 +32,14 @@ from soft_prompt import PromptEncoder, cross_entropy, prompt_kv, save_prompt, sp
 
 
 class Method(NamedTuple):
-    """A way to train. A method of your own is one loss and one entry in METHODS."""
+    """A way to train. A method of your own is one loss and one entry in METHODS.
+
+    Each term of the loss is a mean over the forget or over the retain examples (`scale_gradient`
+    relies on it); the parts named L_f, L_r and L_kl are logged.
+    """
     loss: Callable             # (logits, base_logprobs, y, is_forget, alpha, beta) -> loss, parts
     forget_answer: str         # y of a forget example: "generic" (random) or "true"
-    trains: str                # "prompt" (phi), "weights" (all; --tune lora: the adapter)
+    trains: str                # "prompt": phi; "weights": all, or QLoRA's adapter (--tune lora)
     flags: tuple = ()          # which of alpha and beta the loss uses
     sees_retain: bool = True   # False: only forget examples are in the batches
     needs_base: bool = False   # True: the loss gets base_logprobs, else None
@@ -52,7 +56,8 @@ METHODS = {
 
 def qlora_loss(logits, base_logprobs, y, is_forget, alpha, beta):
     """Cross-entropy of every example towards its true answer: how the base model learns."""
-    L_ce = cross_entropy(logits, y, torch.ones_like(is_forget))
+    every = torch.ones_like(is_forget)  # all True
+    L_ce = cross_entropy(logits, y, every)
     return L_ce, {"L_ce": L_ce}
 
 
@@ -64,9 +69,11 @@ QLORA = Method(qlora_loss, "true", "adapter")
 def train(cell, method, model, encoder, prompts, answers, base, args, run):
     """Train phi's encoder, the adapter or all weights: the one loop of QLoRA, SPUL and baselines.
 
-    encoder: PromptEncoder, or None to train the model's own trainable parameters. answers: target
-    token of each prompt. base: the base model's lm_head and states (n,D), or None. An interrupted
-    run resumes from its last finished epoch. Returns the time and size figures of the row.
+    cell: the settings of this training, a dict that becomes its row of results.json. encoder:
+    PromptEncoder, or None to train the model's own trainable parameters. answers: target token of
+    each prompt. base: the base model's lm_head and states (n,D), or None. run: the Run that logs
+    and keeps the state of training. An interrupted run resumes from its last finished epoch.
+    Returns the time and size figures of the row.
     """
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cell["lr"], betas=(0.9, cell["settings"]["beta2"]),
@@ -79,15 +86,17 @@ def train(cell, method, model, encoder, prompts, answers, base, args, run):
         for i, step_index in enumerate(batches):
             start = time.perf_counter()
             step, steps = epoch * len(batches) + i, epochs * len(batches)
-            set_learning_rate(optimizer, step, steps, cell["lr"], method)
-            for k in range(0, len(step_index), args.batch):
-                index = step_index[k:k + args.batch]
+            warmup = 0.1 if encoder else 0.05
+            set_learning_rate(optimizer, step, steps, cell["lr"], warmup)
+            n_parts = math.ceil(len(step_index) / args.batch)  # 1 unless --accumulate is given
+            for k in range(n_parts):
+                index = step_index[k::n_parts]
                 batch = share_of_process(data.collate(prompts, answers, index, args.device))
                 base_logprobs = gather_base_logprobs(base, batch.index)             # (B,V)
                 prefix = prompt_kv(model, encoder()) if encoder else None
                 with autocast(model, args):
                     logits = model(batch.tokens, batch.answer_pos, prefix)          # (B,V)
-                logits = scale_gradient(logits, batch.is_forget, step_index, prompts)
+                scale_gradient(logits, batch.is_forget, step_index, prompts)
                 loss, parts = method.loss(logits, base_logprobs, batch.y, batch.is_forget,
                                           cell["alpha"], cell["beta"])
                 loss.backward()
@@ -103,9 +112,9 @@ def train(cell, method, model, encoder, prompts, answers, base, args, run):
             "trainable_params": sum(w.numel() for w in params)}
 
 
-def set_learning_rate(optimizer, step, steps, peak, method):
-    """Linear warm-up over 10 % of the steps (5 % unless a prompt is trained), then a cosine."""
-    warmup = max(1, round((0.1 if method.trains == "prompt" else 0.05) * steps))
+def set_learning_rate(optimizer, step, steps, peak, warmup):
+    """Raise the rate linearly over this share of the steps, then lower it along a cosine."""
+    warmup = max(1, round(warmup * steps))
     if step < warmup:
         factor = (step + 1) / warmup
     else:
@@ -116,23 +125,24 @@ def set_learning_rate(optimizer, step, steps, peak, method):
 def make_batches(prompts, cell, method, epoch, args):
     """Return the prompt indices of each step of an epoch, batch * accumulate of them per step."""
     forget_per_batch = cell["settings"]["forget_per_batch"] if method.sees_retain else 0
-    rng = data.generator(f"{cell['seed']}/{epoch}", cell["cell"])
+    rng = data.generator(cell["seed"], f"{cell['method']}/batches/{epoch}")
     return data.epoch_batches(prompts, args.batch * args.accumulate, rng,
                               forget_per_batch * args.accumulate)
 
 
 def scale_gradient(logits, is_forget, step_index, prompts):
-    """Return logits (B,V) unchanged, with each example's gradient scaled to its weight in the step.
+    """Multiply the gradient of each example's logits (B,V) by its `share`, in the backward pass.
 
-    A loss is a mean over the forget or the retain examples of a micro-batch. The objective is the
-    mean over those of the whole step, in all its micro-batches and processes.
+    A loss is a mean over the forget or the retain examples of a part of the step; the objective is
+    the mean over those of the whole step, in all its parts and processes. share = n of the part /
+    n of the step turns one into the other. It is 1 for a step of one part in one process.
     """
     step_forget = sum(prompts[i].is_forget for i in step_index)
     step_retain = len(step_index) - step_forget
     forget_share = is_forget.sum() / max(1, step_forget)
     retain_share = (~is_forget).sum() / max(1, step_retain)
     share = torch.where(is_forget, forget_share, retain_share)[:, None]  # (B,1)
-    return share * logits + ((1 - share) * logits).detach()
+    logits.register_hook(lambda gradient: share * gradient)
 
 
 @torch.no_grad()
@@ -145,7 +155,7 @@ def gather_base_logprobs(base, index):
 
 
 def autocast(model, args):
-    """Compute in bf16 over float32 weights, where --dtype bf16 meets weights that are trained."""
+    """Compute in bf16 where --dtype bf16 meets float32 weights, as those that are trained."""
     is_fp32 = model.lm_head.weight.dtype == torch.float32
     return torch.autocast(args.device.split(":")[0], torch.bfloat16,
                           enabled=args.dtype == "bf16" and is_fp32)
@@ -171,29 +181,32 @@ def run_cell(point, method, setup, args, run):
     if row:
         return row
     torch.manual_seed(derive_seed(cell, "initial values"))
-    seen = choose_seen(method, setup, cell)
-    prompts = [train_prompts(setup)[i] for i in seen]
-    if method is QLORA:  # it learns all examples alike
+    seen, every = choose_seen(method, setup, cell), train_prompts(setup)
+    prompts = [every[i] for i in seen]
+    if method is QLORA:  # for batches and means, all examples are alike
         prompts = [prompt._replace(is_forget=False) for prompt in prompts]
     answers = choose_answers(method, setup, seen)
     base = gather_base(setup, seen, args) if method.needs_base else None
-    model, encoder = make_trainable(method, setup, cell, args)
+    model, encoder = make_trainable(method, setup, prompts, cell, args)
     cell |= train(cell, method, model, encoder, prompts, answers, base, args, run)
     model = unshard(model).requires_grad_(False).eval()
     with torch.no_grad():
         phi = encoder() if encoder else None
         prefix = prompt_kv(model, phi) if encoder else None
-    cell["files"] = run.directory(method.trains)
-    save_result(model, phi, method, run.dir / cell["files"], setup.lm, args)
-    if method is QLORA:
-        evaluate.merge_dense(model, args)
-    states = evaluate.split_states(model, setup.prompts, prefix, args.device)
+    tunes_adapter = method.trains == "weights" and args.tune == "lora"
+    kind = "adapter" if tunes_adapter else method.trains
+    cell["files"] = run.directory(kind)
+    save_result(model, phi, kind, run.dir / cell["files"], setup.lm)
+    if method is QLORA and args.dense:
+        merge_lora(model)
+    with autocast(model, args):
+        states = evaluate.split_states(model, setup.prompts, prefix, args.device)
     row = run.finish(cell, evaluate.scores(model, states, setup.prompts))
     if method is QLORA:
         setup.states = states  # L_KL needs them
     else:
         pred = evaluate.predict(model, states["train_forget"])
-        print(evaluate.worst_groups(pred, setup.prompts["train_forget"]))
+        evaluate.print_worst_groups(pred, setup.prompts["train_forget"])
     return row
 
 
@@ -206,13 +219,11 @@ def choose_seen(method, setup, cell):
     """Return the indices of the train prompts that training sees: `forget_fraction` of D_f."""
     n_retain = len(setup.prompts["train_retain"])
     n_forget = len(setup.prompts["train_forget"])
-    retain = list(range(n_retain)) if method.sees_retain else []
+    n_seen = max(1, round((cell["forget_fraction"] or 1.0) * n_forget))  # in random order
     if method is QLORA and setup.base == "retain":
-        return retain
-    forget = list(range(n_retain, n_retain + n_forget))
-    data.generator(setup.seed, "forget fraction").shuffle(forget)
-    fraction = cell["forget_fraction"] or 1.0
-    return retain + sorted(forget[:max(1, round(fraction * n_forget))])
+        n_seen = 0
+    retain = list(range(n_retain)) if method.sees_retain else []
+    return retain + list(range(n_retain, n_retain + n_seen))
 
 
 def choose_answers(method, setup, seen):
@@ -221,7 +232,7 @@ def choose_answers(method, setup, seen):
         raise ValueError(f"forget_answer {method.forget_answer!r}; expected 'generic' or 'true'")
     rng = data.generator(setup.seed, "generic answers")  # released code: unseeded
     generic = [setup.tokens[label] for label in setup.task.generic]
-    answers = []
+    answers = []  # of all prompts, so that an answer does not depend on --forget-fraction
     for prompt in train_prompts(setup):
         is_generic = prompt.is_forget and method.forget_answer == "generic"
         answers.append(rng.choice(generic) if is_generic else prompt.label)
@@ -236,49 +247,51 @@ def gather_base(setup, seen, args):
     return setup.model.lm_head, states[seen]
 
 
-def make_trainable(method, setup, cell, args):
-    """Return the model to run and the PromptEncoder to train (None: the model itself trains)."""
+def make_trainable(method, setup, prompts, cell, args):
+    """Return the model to run and the PromptEncoder to train (None: the model itself trains).
+
+    The baselines start from a copy of the base model: the dequantised 4-bit weights with QLoRA's
+    adapter merged in, as float32; with --tune lora they train that adapter further.
+    """
     model = setup.model
     if method.trains == "prompt":
-        init = initial_phi(setup, cell, args)
+        init = initial_phi(model, prompts, cell["p"]) if args.init == "forget" else None
         encoder = PromptEncoder(cell["p"], model.config.hidden_size, args.hidden, init)
         return model, encoder.to(args.device)
-    if method is QLORA:
+    if method.trains == "adapter":  # QLoRA changes setup.model; `prepare` loads it again
         add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
         return model.train(), None
-    tuned = copy.deepcopy(model)
+    if method.trains != "weights":
+        raise ValueError(f"trains {method.trains!r}; expected 'prompt' or 'weights'")
     if args.tune == "full":
-        return shard(merge_lora(tuned, torch.float32).requires_grad_(True)), None
+        tuned = merge_lora(copy.deepcopy(model), torch.float32)
+        return shard(tuned.requires_grad_(True)), None
+    tuned = evaluate.load_base(setup.lm, args, setup.run / setup.adapter, merge=False)
     for name, w in tuned.named_parameters():
         w.requires_grad_("lora_" in name)
     return tuned, None
 
 
-def initial_phi(setup, cell, args):
-    """Return the embeddings (p,D) of tokens at which phi starts, or None with --init mlp (paper).
+def initial_phi(model, prompts, p):
+    """Return the embeddings (p,D) of the tokens most typical of the forget prompts.
 
-    --init forget takes the tokens most typical of forget examples, by the ratio of the number of
-    forget and retain examples that hold them.
+    That is, by the ratio of the number of forget and retain prompts that hold them.
     """
-    if args.init == "mlp":
-        return None
     forget, retain = Counter(), Counter()
-    for prompt in setup.prompts["train_forget"]:
-        forget.update(set(prompt.ids))
-    for prompt in setup.prompts["train_retain"]:
-        retain.update(set(prompt.ids))
+    for prompt in prompts:
+        (forget if prompt.is_forget else retain).update(set(prompt.ids))
     typical = sorted(forget, key=lambda token: forget[token] / (1 + retain[token]), reverse=True)
-    tokens = (typical * cell["p"])[:cell["p"]]  # repeated if there are fewer than p
-    return setup.model.embed_tokens.weight[tokens]
+    tokens = (typical * p)[:p]  # repeated if there are fewer than p
+    return model.embed_tokens.weight[tokens]
 
 
-def save_result(model, phi, method, dir, lm, args):
+def save_result(model, phi, kind, dir, lm):
     """Write what a cell trained: phi, the adapter or all weights."""
     if not is_rank_zero():
         return
-    if phi is not None:
+    if kind == "prompt":
         save_prompt(phi, dir, lm)
-    elif method is QLORA or args.tune == "lora":
+    elif kind == "adapter":
         save_adapter(model, dir, lm)
     else:
         save_model(model, dir)
@@ -288,7 +301,7 @@ def prepare(seed, base, args, run):
     """Return the Setup of one seed: its data and its base model, trained or from a finished run."""
     lm = args.model or pretrain_toy(args)
     setup = evaluate.load_data(args, seed, lm)
-    setup.base, setup.model = base, evaluate.load_base(lm, args)
+    setup.base, setup.run, setup.model = base, run.dir, evaluate.load_base(lm, args)
     vanilla = make_cell(setup, args, None, "vanilla")
     if not run.find(vanilla):
         states = evaluate.split_states(setup.model, setup.prompts, None, args.device)
@@ -357,13 +370,13 @@ def pretrain_toy(args):
     for step in range(steps):
         tokens, weights = next(batches)                                     # (B,T), (B,T)
         target, weights = tokens[:, 1:].to(args.device), weights[:, 1:].to(args.device)
+        counts = weights > 0
         state, _ = model.hidden(tokens[:, :-1].to(args.device))             # (B,T-1,D)
-        logits = model.lm_head(state[weights > 0])                          # (N,V): what counts
-        losses = F.cross_entropy(logits, target[weights > 0], reduction="none")
-        loss = (losses * weights[weights > 0]).sum() / weights.sum()
+        losses = F.cross_entropy(model.lm_head(state[counts]), target[counts], reduction="none")
+        loss = (losses * weights[counts]).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        set_learning_rate(optimizer, step, steps, TOY_LM["lr"], QLORA)
+        set_learning_rate(optimizer, step, steps, TOY_LM["lr"], warmup=0.05)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
@@ -400,10 +413,10 @@ def build_toy(vocab_size):
 
 # ---- support: run directories and checkpoints --------------------------------------------------
 
-BASE_SETTINGS = ("model dataset weights dtype dense tune max_len max_train max_test labels generic "
+BASE_SETTINGS = ("model dataset weights dtype dense max_len max_train max_test labels generic "
                  "template batch accumulate clip rank lora_alpha lora_dropout targets qlora_lr "
                  "qlora_epochs").split()
-PROMPT_SETTINGS = "epochs hidden init beta2 forget_per_batch".split()
+PROMPT_SETTINGS = "epochs beta2 forget_per_batch hidden init".split()
 
 
 def make_cell(setup, args, method, name, **point):
@@ -414,11 +427,14 @@ def make_cell(setup, args, method, name, **point):
     cell = f"{name}-{base}-s{setup.seed}" if base else f"{name}-s{setup.seed}"
     point = {"forget_fraction": None, "lr": None, "alpha": None, "beta": None, "p": None} | point
     if name in METHODS:
-        settings |= {key: getattr(args, key) for key in PROMPT_SETTINGS}
-        if method.trains != "prompt":
-            settings |= {"epochs": args.baseline_epochs, "beta2": 0.999}
-        for mark, value in zip(("f", "lr", "a", "b", "p"), point.values()):
-            cell += f"-{mark}{value:g}" if value is not None else ""
+        if method.trains == "prompt":
+            settings |= {key: getattr(args, key) for key in PROMPT_SETTINGS}
+        else:
+            settings |= {"epochs": args.baseline_epochs, "tune": args.tune,
+                         "forget_per_batch": args.forget_per_batch}
+        marks = {"f": "forget_fraction", "lr": "lr", "a": "alpha", "b": "beta", "p": "p"}
+        for mark, key in marks.items():
+            cell += f"-{mark}{point[key]:g}" if point[key] is not None else ""
     return {"cell": cell, "method": name, "base": base, "model": args.model or "toy",
             "lm": setup.lm, "dataset": args.dataset, "seed": setup.seed, **point, "files": None,
             "adapter": setup.adapter, "trainable_params": 0, "epochs": 0,
@@ -477,8 +493,8 @@ class Run:
 
 
 def derive_seed(cell, purpose):
-    """Return a seed that depends only on the cell and the purpose."""
-    return data.generator(cell["seed"], f"{cell['cell']}/{purpose}").randrange(2 ** 31)
+    """Return a seed for one purpose: cells of a grid start alike and see the same batches."""
+    return data.generator(cell["seed"], f"{cell['method']}/{purpose}").randrange(2 ** 31)
 
 
 def save_checkpoint(run, cell, params, optimizer, epoch, seconds):
@@ -571,7 +587,10 @@ def parse(argv=None):
     args.preset = args.preset or ("paper" if args.model else "toy")
     if args.preset == "paper" and args.qlora_epochs is None:
         args.qlora_epochs = PAPER_QLORA_EPOCHS.get(args.dataset)
+    is_default = args.forget_per_batch is None
     data.fill_defaults(args, FLAGS, PRESETS.index(args.preset))
+    if is_default:
+        args.forget_per_batch = min(args.forget_per_batch, args.batch // 2)
     if args.dataset != "toy" and not args.model:
         raise InputError(f"--dataset {args.dataset} needs --model DIR; a small one: hf download "
                          "HuggingFaceTB/SmolLM2-135M-Instruct --local-dir DIR")
