@@ -72,8 +72,7 @@ def train(cell, method, model, encoder, prompts, answers, base, args, run):
     cell: the settings of this training, a dict that becomes its row of results.json. encoder:
     PromptEncoder, or None to train the model's own trainable parameters. answers: target token of
     each prompt. base: the base model's lm_head and states (n,D), or None. run: the Run that logs
-    and keeps the state of training. An interrupted run resumes from its last finished epoch.
-    Returns the time and size figures of the row.
+    and from which an interrupted training resumes. Returns the row's time and size figures.
     """
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cell["lr"], betas=(0.9, cell["settings"]["beta2"]),
@@ -86,11 +85,8 @@ def train(cell, method, model, encoder, prompts, answers, base, args, run):
         for i, step_index in enumerate(batches):
             start = time.perf_counter()
             step, steps = epoch * len(batches) + i, epochs * len(batches)
-            warmup = 0.1 if encoder else 0.05
-            set_learning_rate(optimizer, step, steps, cell["lr"], warmup)
-            n_parts = math.ceil(len(step_index) / args.batch)  # 1 unless --accumulate is given
-            for k in range(n_parts):
-                index = step_index[k::n_parts]
+            set_learning_rate(optimizer, step, steps, cell["lr"], 0.1 if encoder else 0.05)
+            for index in split_step(step_index, args.batch):
                 batch = share_of_process(data.collate(prompts, answers, index, args.device))
                 base_logprobs = gather_base_logprobs(base, batch.index)             # (B,V)
                 prefix = prompt_kv(model, encoder()) if encoder else None
@@ -128,6 +124,15 @@ def make_batches(prompts, cell, method, epoch, args):
     rng = data.generator(cell["seed"], f"{cell['method']}/batches/{epoch}")
     return data.epoch_batches(prompts, args.batch * args.accumulate, rng,
                               forget_per_batch * args.accumulate)
+
+
+def split_step(step_index, batch):
+    """Return the indices of a step in parts of at most `batch`: one, unless --accumulate is given.
+
+    Forget examples are at the end of a step; each part gets its share of them.
+    """
+    n_parts = math.ceil(len(step_index) / batch)
+    return [step_index[k::n_parts] for k in range(n_parts)]
 
 
 def scale_gradient(logits, is_forget, step_index, prompts):
