@@ -275,19 +275,17 @@ class ByteLevelBPE:
 def load_splits(name, data_dir, seed=0, max_train=None, max_test=None):
     """Return {split: [Example]} of a dataset, with the counts of the paper's Table 1.
 
-    max_train, max_test: the most examples, drawn at random from forget and retain set together.
+    max_train, max_test: the most retain examples, drawn at random; the forget sets stay whole.
+    (Yelp: the most reviews, which are drawn before they are clustered.)
     """
     if name == "yelp":  # sampled before it is clustered
         splits = yelp_splits(data_dir, seed, max_train, max_test)
     else:
         splits = DATASETS[name](data_dir, seed)
-    for part, most in (("train", max_train), ("test", max_test)):
-        if most:
-            names = (f"{part}_retain", f"{part}_forget")
-            pool = [(split, example) for split in names for example in splits[split]]
-            pool = generator(seed, f"max_{part}").sample(pool, min(most, len(pool)))
-            for split in names:
-                splits[split] = [example for origin, example in pool if origin == split]
+    for split, most in (("train_retain", max_train), ("test_retain", max_test)):
+        if most and name != "yelp":
+            splits[split] = generator(seed, split).sample(splits[split],
+                                                          min(most, len(splits[split])))
     generator(seed, "forget_fraction").shuffle(splits["train_forget"])
     for split in SPLITS:
         if not splits[split]:
@@ -731,8 +729,8 @@ FLAGS = """
 --dataset      dataset  toy  which texts
 --data-dir     text     .    directory of the dataset's files
 --seed         int      0    seed of everything that is drawn
---max-train    count    -    at most this many train examples, at random
---max-test     count    -    at most this many test examples, at random
+--max-train    count    -    at most this many train retain examples (Yelp: reviews), at random
+--max-test     count    -    at most this many test retain examples (Yelp: reviews), at random
 --save-splits  text     -    directory to write the four sets to, as .jsonl
 """
 

@@ -743,7 +743,7 @@ def test_wmdp_is_forgotten_900_to_373_and_labels_follow_the_shuffled_options(tmp
             assert [line[0] for line in options if line.endswith("!")] == [label]
     assert {e.label for e in splits["train_retain"]} == set("ABCD")
 
-def test_saved_splits_come_back_as_they_were_and_limits_sample_both_sets(tmp_path):
+def test_saved_splits_come_back_as_they_were_and_limits_keep_all_forget_examples(tmp_path):
     splits = {}
     for split in data.SPLITS:
         n, group = (50, "somebody") if "forget" in split else (200, "")
@@ -753,9 +753,7 @@ def test_saved_splits_come_back_as_they_were_and_limits_sample_both_sets(tmp_pat
     found = data.load_splits("splits", tmp_path / "new")
     assert all(sorted(found[split]) == sorted(splits[split]) for split in data.SPLITS)
     found = data.load_splits("splits", tmp_path / "new", max_train=125, max_test=10)
-    assert len(found["train_retain"] + found["train_forget"]) == 125
-    assert 10 <= len(found["train_forget"]) <= 40
-    assert len(found["test_retain"] + found["test_forget"]) == 10
+    assert [len(found[split]) for split in data.SPLITS] == [125, 50, 10, 50]
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_own_splits_are_read_from_every_suffix_and_with_windows_line_ends(tmp_path, suffix):
@@ -832,7 +830,7 @@ def test_the_data_command_prints_table_1_and_leakage_and_saves_the_splits(tmp_pa
 # ---- 6. whole runs on a micro model ------------------------------------------------------------
 
 MICRO = ("--model lm --dataset toy --preset toy --device cpu --dtype fp32 --threads 1 --p 4 "
-         "--max-train 192 --max-test 64 --batch 16 --forget-per-batch 4 --hidden 16 --epochs 2 "
+         "--max-train 120 --max-test 40 --batch 16 --forget-per-batch 4 --hidden 16 --epochs 2 "
          "--lr 0.01 --rank 8 --lora-dropout 0 --qlora-epochs 8 --qlora-lr 0.006").split()
 
 @pytest.fixture(scope="module")
@@ -948,11 +946,11 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import data, unlearn
 log = unlearn.Run.log
-def killed_at_20(run, cell, epoch, step, *rest):
-    if cell["method"] == "spul" and step == 20:
+def killed_at_15(run, cell, epoch, step, *rest):
+    if cell["method"] == "spul" and step == 15:
         os.kill(os.getpid(), signal.SIGKILL)
     log(run, cell, epoch, step, *rest)
-unlearn.Run.log = killed_at_20
+unlearn.Run.log = killed_at_15
 sys.exit(data.run_cli(unlearn.main))
 """
 
@@ -1014,6 +1012,12 @@ def test_a_baseline_with_tune_lora_trains_only_the_adapter(micro):
                 for row in (qlora, ga)]
     assert one.keys() == two.keys() and any(not torch.equal(one[name], two[name]) for name in one)
     assert ga["train_forget"]["acc"] <= qlora["train_forget"]["acc"]
+
+def test_every_kind_of_training_runs_in_bf16(micro):
+    train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2")
+    vanilla, qlora, spul, ga_gd = read_rows("bf16")
+    assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
+    assert spul["train_forget"]["acc"] < qlora["train_forget"]["acc"]
 
 STUDENT = f"""
 import sys

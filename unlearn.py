@@ -146,7 +146,7 @@ def scale_gradient(logits, is_forget, step_index, prompts):
     step_retain = len(step_index) - step_forget
     forget_share = is_forget.sum() / max(1, step_forget)
     retain_share = (~is_forget).sum() / max(1, step_retain)
-    share = torch.where(is_forget, forget_share, retain_share)[:, None]  # (B,1)
+    share = torch.where(is_forget, forget_share, retain_share).to(logits.dtype)[:, None]  # (B,1)
     logits.register_hook(lambda gradient: share * gradient)
 
 
@@ -535,8 +535,8 @@ FLAGS = """
 data
 --dataset           dataset  toy  what is learned and forgotten
 --data-dir          text     .    directory of the dataset's files
---max-train         count    -    at most this many train examples
---max-test          count    -    at most this many test examples
+--max-train         count    -    at most this many train retain examples (Yelp: reviews)
+--max-test          count    -    at most this many test retain examples (Yelp: reviews)
 --max-len           count    1024  256  256  tokens per prompt; longer texts are cut
 --labels*           text     -    answers, one token each
 --generic*          text     -    generic answers for the forget set
