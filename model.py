@@ -212,13 +212,14 @@ class Attention(nn.Module):
         if prefix is not None:
             k = torch.cat([prefix[0].expand(B, -1, -1, -1), k], dim=2)         # (B,G,p+T,d)
             v = torch.cat([prefix[1].expand(B, -1, -1, -1), v], dim=2)         # (B,G,p+T,d)
-        # H/G query heads share a key/value head: their queries stand in one matrix of H/G * S rows
-        q = q.reshape(B, self.G, -1, self.d) * self.d ** -0.5                  # (B,G,H/G*S,d)
-        scores = (q @ k.mT).view(B, self.H, -1, k.shape[2])                    # (B,H,S,p+T)
+        # H/G query heads share a key/value head: their queries are the rows of one matrix
+        rows = self.H // self.G * S
+        q = q.reshape(B, self.G, rows, self.d) * self.d ** -0.5                # (B,G,rows,d)
+        scores = (q @ k.mT).view(B, self.H, S, k.shape[2])                     # (B,H,S,p+T)
         mask = attention_mask(T, k.shape[2] - T, answer_pos, x.device)
         weights = (scores + mask.to(x.dtype)).softmax(-1)                      # (B,H,S,p+T)
-        y = weights.view(B, self.G, -1, k.shape[2]) @ v                        # (B,G,H/G*S,d)
-        y = y.view(B, self.H, -1, self.d).transpose(1, 2).flatten(2)           # (B,S,H*d)
+        y = weights.view(B, self.G, rows, k.shape[2]) @ v                      # (B,G,rows,d)
+        y = y.view(B, self.H, S, self.d).transpose(1, 2).flatten(2)            # (B,S,H*d)
         return getattr(self, self.out_name)(y), text_kv
 
 

@@ -137,6 +137,8 @@ def test_padding_changes_nothing(kind):
     for i, n in enumerate(LENGTHS):
         unpadded = ours(TOKENS[i:i + 1, :n], ANSWER[i:i + 1], prefix)
         assert_close(unpadded[0], ours(TOKENS, ANSWER, prefix)[i], atol=1e-5)
+    nothing = ours(TOKENS[:0], ANSWER[:0], prefix)  # the share of a process in a small batch
+    assert nothing.shape == (0, 96)
 
 
 # ---- 2. the paper's settings -------------------------------------------------------------------
