@@ -324,6 +324,7 @@ def plot_lens(setup, path):
             ax.plot(range(1, len(layers) + 1), [numbers[column] for numbers in layers], label=name,
                     marker=MARKERS[i], markersize=11 - 2 * i, fillstyle="none")
             ax.set(xlabel="layer", ylabel=f"{column} (%)", ylim=(-4, 104))
+            ax.locator_params(axis="x", integer=True)
     save_figure(fig, axes, path)
 
 
