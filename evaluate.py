@@ -439,8 +439,9 @@ def load_systems(setup):
     same = {key: setup.row[key] for key in ("settings", "seed", *SETTINGS)}
     control = find_row(read_rows([setup.run]), method="spul", base="retain", **same)
     if control is None:
-        raise InputError(f"{setup.run}: no spul row like {setup.row['files']} on a model that never "
-                         "saw the forget set; run unlearn.py again with --base full retain")
+        raise InputError(f"{setup.run}: no spul row with the settings of {setup.row['files']} on a "
+                         "model that never saw the forget set; run unlearn.py again with --base "
+                         "full retain, or give another --phi")
     model = load_base(setup.lm, setup.args, setup.run / control["adapter"])
     return {"base": System(setup.model), "retrain": System(model),
             "spul": System(setup.model, setup.prefix),
