@@ -103,7 +103,7 @@ def save_adapter(model, dir, lm=""):
 
 def load_adapter(model, dir):
     """Add the LoRA layers that PEFT or `save_adapter` wrote, in place. Returns their A and B."""
-    config, file = read_adapter(dir, ["LORA"])
+    config, file = read_adapter(dir, ["LORA"], ["r", "lora_alpha", "lora_dropout"])
     for key in ("use_rslora", "alpha_pattern"):  # PEFT's other options change the tensors
         if config.get(key):
             raise InputError(f"{dir}: {key} is {config[key]!r}; only plain LoRA is implemented")

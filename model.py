@@ -482,18 +482,19 @@ def check_shapes(dir, found, expected):
                              f"{expected.get(name, 'no such tensor')} by its configuration")
 
 
-def read_adapter(dir, kinds):
+def read_adapter(dir, kinds, keys=()):
     """Return adapter_config.json (dict) and the TensorFiles of an adapter as PEFT writes it."""
-    config = read_json(Path(dir) / "adapter_config.json", "a PEFT adapter", ["peft_type"])
+    config = read_json(Path(dir) / "adapter_config.json", "a PEFT adapter", ["peft_type", *keys])
     if config["peft_type"] not in kinds:
         raise InputError(f"{dir}: peft_type {config['peft_type']!r}; expected one of {kinds}")
     return config, TensorFiles(dir, ["adapter_model.safetensors", "adapter_model.bin"])
 
 
-# What the forward pass implements. All other variants of these models have other tensors (biases,
-# projections, quantised weights), and `check_shapes` refuses them.
+# What the forward pass implements, for options that change no tensor. Other variants have other
+# tensors (biases, projections, quantised weights), and `check_shapes` refuses them.
 IMPLEMENTED = {"model_type": ["llama", "opt"], "hidden_act": ["silu"],
-               "activation_function": ["relu"], "rope_type": ["default"], "type": ["default"]}
+               "activation_function": ["relu"], "do_layer_norm_before": [True],
+               "rope_type": ["default"], "type": ["default"], "partial_rotary_factor": [1.0]}
 
 
 def read_config(dir):

@@ -1147,7 +1147,8 @@ SPOILT = [  # command, file, new content (a dict: changed keys), part of the mes
     ("load", "lm/config.json", {"num_hidden_layers": 3}, "tensor layers.2.input_layernorm.weight"),
     ("load", "lm/config.json", {"num_key_value_heads": 3}, "(32, 32); expected (48, 32)"),
     *[("load", "lm/config.json", {key: value}, key) for key, value in [
-        ("model_type", "gpt2"), ("hidden_act", "gelu"), ("activation_function", "gelu")]],
+        ("model_type", "gpt2"), ("hidden_act", "gelu"), ("activation_function", "gelu"),
+        ("do_layer_norm_before", False), ("partial_rotary_factor", 0.5)]],
     *[("load", "lm/config.json", {place: {key: "linear", "factor": 2.0}}, f"{key} is 'linear'")
       for place in ("rope_parameters", "rope_scaling") for key in ("rope_type", "type")],
     ("load", LM, tensors(model_dot_layers_dot_0_dot_mlp_dot_up_proj_dot_bias=torch.zeros(80)),
@@ -1160,6 +1161,7 @@ SPOILT = [  # command, file, new content (a dict: changed keys), part of the mes
         ("use_rslora", True), ("alpha_pattern", {"q_proj": 2}), ("peft_type", "LOHA")]],
     ("adapt", ADAPTER, tensors(score=torch.zeros(2)), "tensor score is (2,); expected no such"),
     ("adapt", "run/adapter/adapter_config.json", "{}", "no 'peft_type' in it"),
+    ("adapt", "run/adapter/adapter_config.json", '{"peft_type": "LORA"}', "no 'r' in it"),
     ("adapt", "run/adapter/adapter_config.json", {"r": 5}, "expected (5, "),
     ("prompt", "run/prompt/adapter_config.json", {"peft_type": "LORA"}, "peft_type 'LORA'"),
     ("prompt", "run/prompt/adapter_config.json", {"num_virtual_tokens": 5}, "expected (5, 32)"),

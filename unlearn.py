@@ -160,7 +160,7 @@ def gather_base_logprobs(base, index):
 
 
 def autocast(model, args):
-    """Compute in bf16 where --dtype bf16 meets float32 weights, as those that are trained."""
+    """Compute in bf16 where --dtype bf16 meets float32 weights, such as those of the baselines."""
     is_fp32 = model.lm_head.weight.dtype == torch.float32
     return torch.autocast(args.device.split(":")[0], torch.bfloat16,
                           enabled=args.dtype == "bf16" and is_fp32)
