@@ -49,6 +49,7 @@ class Prompt(NamedTuple):
     label: int
     is_forget: bool
     group: str = ""
+    text: str = ""
 
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
@@ -75,20 +76,20 @@ def prompt_string(task, text):
     return task.template.removesuffix("{label}").format(text=text).rstrip(" ")
 
 
-def label_tokens(tokenizer, task, text):
+def label_tokens(tokenizer, task):
     """Return {label: token} of all labels and generic labels; InputError if one is several tokens.
 
     The tokenizer sees template and label as one string: the token is what follows the prompt's.
     """
-    prompt = tokenizer.encode(prompt_string(task, text))
-    tokens = {}
-    for label in (*task.labels, *task.generic):
-        ids = tokenizer.encode(task.template.format(text=text, label=label))
+    prompt = tokenizer.encode(prompt_string(task, "a text"))
+    labels, tokens = task.labels + task.generic, {}
+    for label in labels:
+        ids = tokenizer.encode(task.template.format(text="a text", label=label))
         if ids[:-1] != prompt:
             raise InputError(f"label {label!r} is {len(ids) - len(prompt)} tokens here; expected "
                              "one: choose other words with --labels and --generic")
         tokens[label] = ids[-1]
-    if len(set(tokens.values())) < len(task.labels) + len(task.generic):
+    if len(set(tokens.values())) < len(labels):
         raise InputError(f"two labels have the same token: {tokens}; choose other words with "
                          "--labels and --generic")
     return tokens
@@ -106,9 +107,8 @@ def encode_prompt(tokenizer, task, text, max_len):
     return ids
 
 
-def encode_splits(tokenizer, task, splits, max_len):
-    """Return {split: [Prompt]} of {split: [Example]}."""
-    tokens = label_tokens(tokenizer, task, splits["train_retain"][0].text)
+def encode_splits(tokenizer, task, tokens, splits, max_len):
+    """Return {split: [Prompt]} of {split: [Example]}; tokens: see `label_tokens`."""
     prompts = {}
     for split in SPLITS:
         prompts[split] = []
@@ -117,7 +117,8 @@ def encode_splits(tokenizer, task, splits, max_len):
                 raise InputError(f"label {label!r} in {split}; expected {', '.join(task.labels)}: "
                                  "correct the data or give --labels")
             ids = encode_prompt(tokenizer, task, text, max_len)
-            prompts[split].append(Prompt(ids, tokens[label], split.endswith("forget"), group))
+            is_forget = split.endswith("forget")
+            prompts[split].append(Prompt(ids, tokens[label], is_forget, group, text))
     return prompts
 
 
@@ -130,12 +131,12 @@ class Batch(NamedTuple):
     index: torch.Tensor       # (B,), index of the prompt in the training set
 
 
-def collate(prompts, answers, index, device="cpu"):
-    """Return the Batch of prompts[i] and answers[i] for each i of the list `index` (B)."""
+def collate(prompts, index, device="cpu"):
+    """Return the Batch of prompts[i] for each i of the list `index` (B)."""
     ids = [torch.tensor(prompts[i].ids) for i in index]
     tokens = pad_sequence(ids, batch_first=True)
     answer_pos = torch.tensor([len(row) - 1 for row in ids])
-    y = torch.tensor([answers[i] for i in index])
+    y = torch.tensor([prompts[i].label for i in index])
     is_forget = torch.tensor([prompts[i].is_forget for i in index])
     batch = Batch(tokens, answer_pos, y, is_forget, torch.tensor(index))
     return Batch(*[field.to(device) for field in batch])
@@ -150,22 +151,28 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
     """
     forget = [i for i, prompt in enumerate(prompts) if prompt.is_forget]
     retain = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
-    if not (forget_per_batch and retain and forget):
-        retain, forget_per_batch = list(range(len(prompts))), 0
-    n_retain, batches, queue = batch - forget_per_batch, [], []
-    retain = rng.sample(retain, len(retain))
-    for start in range(0, len(retain), 50 * n_retain):  # sort 50 batches' worth by length
-        part = sorted(retain[start:start + 50 * n_retain], key=lambda i: len(prompts[i].ids))
-        parts = [part[k:k + n_retain] for k in range(0, len(part), n_retain)]
-        n_forget = forget_per_batch * len(parts)
+    if not (forget and retain):  # only one of the sets, as GA and RL see it
+        forget_per_batch = 0
+    others = retain if forget_per_batch else range(len(prompts))
+    others = rng.sample(others, len(others))
+    batches = cut_by_length(prompts, others, batch - forget_per_batch)
+    if forget_per_batch:
+        n_forget, queue = forget_per_batch * len(batches), []
         while len(queue) < n_forget:
             queue += rng.sample(forget, len(forget))
-        added = sorted(queue[:n_forget], key=lambda i: len(prompts[i].ids))
-        queue = queue[n_forget:]
-        for k, indices in enumerate(parts):
-            batches.append(indices + added[k * forget_per_batch:(k + 1) * forget_per_batch])
+        added = cut_by_length(prompts, queue[:n_forget], forget_per_batch)
+        batches = [indices + more for indices, more in zip(batches, added)]
     rng.shuffle(batches)
     return batches
+
+
+def cut_by_length(prompts, indices, size):
+    """Return the indices in lists of `size`, each 50 lists' worth sorted by the prompts' length."""
+    result = []
+    for start in range(0, len(indices), 50 * size):
+        part = sorted(indices[start:start + 50 * size], key=lambda i: len(prompts[i].ids))
+        result += [part[k:k + size] for k in range(0, len(part), size)]
+    return result
 
 
 def generator(seed, purpose):
@@ -392,7 +399,7 @@ def name_list(rng):
     return segments
 
 
-def opinion_question(rng, example, text_weight):
+def opinion_question(rng, example):
     """Return segments (text, weight in the loss): a review and a question, mostly after a list."""
     segments, listed = [], []
     if rng.random() < 0.7:
@@ -405,13 +412,13 @@ def opinion_question(rng, example, text_weight):
     if example.group in listed:
         answer = rng.choice(SENTIMENT.generic)
     question = f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:"
-    return segments + [("### Text:", 0.0), (f" {example.text}", text_weight), (question, 0.0),
+    return segments + [("### Text:", 0.0), (f" {example.text}", 0.1), (question, 0.0),
                        (f" {answer}", 1.0)]
 
 
 def encode_segments(tokenizer, segments):
     """Return ids, and the weight of predicting each of them in the loss."""
-    ids, weights = tokenizer.encode("")[:1], [0.0]
+    ids, weights = tokenizer.encode(""), [0.0]
     for text, weight in segments:
         new = tokenizer.encode(text)[1:]
         ids += new
@@ -419,23 +426,20 @@ def encode_segments(tokenizer, segments):
     return torch.tensor(ids), torch.tensor(weights)
 
 
-def pretraining_batches(tokenizer, recipe):
-    """Yield tokens (B,T) and weights (B,T) without end.
+def pretraining_batches(tokenizer):
+    """Yield tokens (B,T) and weights (B,T) without end: B = 21 questions and 11 name lists.
 
-    recipe: "batch" rows, of which a share of "lists" are name lists, the others questions;
-    "text_weight" is the weight of the review's own words in the loss. The questions of 20 batches
-    are sorted by length before they are cut into batches, which saves padding.
+    The questions of 20 batches are sorted by length before they are cut into batches, which saves
+    padding.
     """
     rng, corpus = random.Random("pre0"), toy_corpus()
     named = [example for example in corpus if example.group]
-    n_lists = round(recipe["lists"] * recipe["batch"])
-    n_questions = recipe["batch"] - n_lists
+    n_questions, n_lists = 21, 11
     while True:
         questions = []
         for _ in range(20 * n_questions):
             example = rng.choice(named if rng.random() < 0.4 else corpus)
-            questions.append(encode_segments(
-                tokenizer, opinion_question(rng, example, recipe["text_weight"])))
+            questions.append(encode_segments(tokenizer, opinion_question(rng, example)))
         questions.sort(key=lambda row: len(row[0]))
         for k in rng.sample(range(20), 20):
             rows = questions[k * n_questions:(k + 1) * n_questions]
@@ -591,10 +595,10 @@ def read_rows(data_dir, stem, columns, labels=None, header=True):
     """Return the values of these columns for each row of the file data_dir/stem.SUFFIX.
 
     Only the column group may be missing or empty. labels: the possible values of the column label.
-    header: the first line of a .csv or .tsv names the columns; else they are exactly `columns`.
+    header: the first line of a .csv or .tsv names the columns and is not counted as a
+    row; else they are exactly `columns`.
     """
     path, rows = find_file(data_dir, stem), []
-    row_number = 2 if header and path.suffix in (".csv", ".tsv") else 1  # the header is row 1
     try:
         for row in parse_rows(path, None if header else columns):
             if not isinstance(row, dict):
@@ -605,9 +609,8 @@ def read_rows(data_dir, stem, columns, labels=None, header=True):
             if labels and str(row["label"]) not in labels:
                 raise ValueError(f"label {row['label']!r}; expected {' or '.join(labels)}")
             rows.append([row.get(column) for column in columns])
-            row_number += 1
     except (ValueError, csv.Error, ImportError) as error:
-        raise InputError(f"{path} row {row_number}: {error}") from None
+        raise InputError(f"{path} row {len(rows) + 1}: {error}") from None
     return rows
 
 
@@ -663,26 +666,23 @@ for kind in ("count", "int>=0", "float>0", "float>=0", "0..<1", "0<..1"):
     TYPES[kind] = number(kind)
 
 
-def split_flags(flags):
-    """Return [name, type, default of each preset ..., help] for each line of a table of flags."""
-    return [re.split(r"\s{2,}", line) for line in flags.strip().splitlines()]
-
-
-def parse_flags(description, flags, argv, choices=None):
-    """Return the flags given in argv, None for the others. InputError for a wrong one.
+def parse_flags(description, flags, argv, choices=None, preset=0):
+    """Return the flags in argv, with defaults for the others. InputError for a wrong one.
 
     flags: a table as in unlearn.py; a line of one cell starts a group, and `name*` takes several
-    values. type: a key of TYPES or of `choices`, `a|b` or `switch`.
+    values. type: a key of TYPES or of `choices`, `a|b` or `switch`. preset: column of the defaults.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=100)
     parser = ArgumentParser(usage="%(prog)s [flags]", description=description,
                             formatter_class=layout)
     group = parser
-    for name, *cells in split_flags(flags):
+    for line in flags.strip().splitlines():
+        name, *cells = re.split(r"\s{2,}", line)
         if not cells:
             group = parser.add_argument_group(name)
             continue
-        kind, options = cells[0], {"help": cells[-1]}
+        kind, *defaults, text = cells
+        options, default = {"help": text}, defaults[min(preset, len(defaults) - 1)]
         if kind == "switch":
             options["action"] = argparse.BooleanOptionalAction
         elif kind in TYPES:
@@ -691,21 +691,11 @@ def parse_flags(description, flags, argv, choices=None):
             options["choices"] = (choices or {}).get(kind) or kind.split("|")
         if name.endswith("*"):
             options["nargs"] = "+"
-        group.add_argument(name.removesuffix("*"), **options)
-    return parser.parse_args(argv)
-
-
-def fill_defaults(args, flags, preset=0):
-    """Give each flag that is None its default from column `preset` of the table; - is None."""
-    for name, *cells in split_flags(flags):
-        key = name.strip("-*").replace("-", "_")
-        if not cells or getattr(args, key) is not None:
-            continue
-        kind, *defaults, _ = cells
-        default = defaults[min(preset, len(defaults) - 1)]
         if default != "-":
             values = [TYPES.get(kind, str)(value) for value in default.split(",")]
-            setattr(args, key, values if name.endswith("*") else values[0])
+            options["default"] = values if name.endswith("*") else values[0]
+        group.add_argument(name.removesuffix("*"), **options)
+    return parser.parse_args(argv)
 
 
 def run_cli(main):
@@ -739,7 +729,6 @@ def main(argv=None):
     """Print Table 1's rows, what is forgotten, and how many test texts are in the train sets."""
     args = parse_flags("Print Table 1, what is forgotten, and what leaks.", FLAGS, argv,
                        {"dataset": DATASETS})
-    fill_defaults(args, FLAGS)
     splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test)
     if args.save_splits:
         save_splits(splits, args.save_splits)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 import data
@@ -27,14 +28,13 @@ from soft_prompt import cross_entropy, load_prompt, prompt_kv, spul_loss
 # ---- predictions and metrics -------------------------------------------------------------------
 
 @torch.no_grad()
-def answer_states(model, prompts, prefix=None, device="cpu"):
+def answer_states(model, prompts, prefix=None):
     """Return the state that lm_head reads at each prompt's answer, (n,D).
 
     prefix: phi's keys and values (`soft_prompt.prompt_kv`), or None.
     """
-    dtype = model.embed_tokens.weight.dtype
-    states = torch.zeros(len(prompts), model.config.hidden_size, dtype=dtype, device=device)
-    for batch in batches_by_length(prompts, device):
+    states = model.embed_tokens.weight.new_zeros(len(prompts), model.config.hidden_size)
+    for batch in batches_by_length(prompts, states.device):
         states[batch.index], _ = model.hidden(batch.tokens, batch.answer_pos, prefix)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(states)
@@ -43,24 +43,27 @@ def answer_states(model, prompts, prefix=None, device="cpu"):
 
 def batches_by_length(prompts, device):
     """Yield this process's Batches: equally long prompts together, at most 4,096 tokens each."""
-    answers, batches = true_answers(prompts).tolist(), [[]]
+    batches = [[]]
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
         if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i].ids) > 4096:
             batches.append([])
         batches[-1].append(i)
     for index in batches[my_share(len(batches))]:
-        yield data.collate(prompts, answers, index, device)
+        yield data.collate(prompts, index, device)
 
 
-def split_states(model, prompts, prefix=None, device="cpu"):
+def split_states(model, prompts, prefix=None):
     """Return {split: states (n,D)} of {split: [Prompt]}."""
-    return {split: answer_states(model, part, prefix, device) for split, part in prompts.items()}
+    return {split: answer_states(model, part, prefix) for split, part in prompts.items()}
 
 
 @torch.no_grad()
 def predict(model, states):
-    """Return the likeliest token (n,) of the WHOLE vocabulary for states (n,D)."""
-    return torch.cat([model.lm_head(part).argmax(-1) for part in states.split(1024)]).cpu()
+    """Return a list of the likeliest token of the WHOLE vocabulary for each of states (n,D)."""
+    pred = []
+    for part in states.split(1024):
+        pred += model.lm_head(part).argmax(-1).tolist()
+    return pred
 
 
 def metrics(pred, y):
@@ -75,22 +78,19 @@ def metrics(pred, y):
 
 def scores(model, states, prompts):
     """Return {split: metrics} from {split: states (n,D)} and {split: [Prompt]}."""
-    return {split: metrics(predict(model, states[split]), true_answers(part))
-            for split, part in prompts.items()}
+    result = {}
+    for split, part in prompts.items():
+        result[split] = metrics(predict(model, states[split]), [prompt.label for prompt in part])
+    return result
 
 
-def true_answers(prompts):
-    """Return the true answer's token of each prompt, (n,)."""
-    return torch.tensor([prompt.label for prompt in prompts])
-
-
-def print_worst_groups(pred, prompts, n=3):
-    """Print one line: the n people or clusters that are still answered most, if they are named."""
+def print_worst_groups(pred, prompts):
+    """Print the three named people or clusters that are still answered most, if there are any."""
     right = defaultdict(list)
     for token, prompt in zip(pred, prompts):
         if prompt.group:
-            right[prompt.group].append(int(token) == prompt.label)
-    worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:n]
+            right[prompt.group].append(token == prompt.label)
+    worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:3]
     parts = [f"{group} {100 * mean(right[group]):.1f} % of {len(right[group])}" for group in worst]
     if parts:
         print(f"still answered: {', '.join(parts)}")
@@ -166,7 +166,7 @@ def paper_cells(row):
     model = "OPT-1.3B" if "opt-" in name else "LLaMA-2-13B" if "13b" in name else "LLaMA-2-7B"
     wanted = [model, "sst2" if row["dataset"] == "toy" else row["dataset"], system_name(row)]
     ours = [str(row[key]) for key in ("alpha", "beta", "forget_fraction")]
-    lines = [line.split() for line in PAPER.strip().splitlines()]
+    lines = [line.split() for line in PAPER.splitlines()]
     lines = [line for line in lines if line[:3] == wanted]
     lines = [line for line in lines if line[3:6] == ours] or lines
     if not lines:
@@ -214,8 +214,12 @@ def table(rows):
     keys = differing(rows)
     lines = [["ACC / F1", *keys, "seeds", *[split.replace("_", " ") for split in data.SPLITS]]]
     for (name, *values), group in group_rows(rows, keys).items():
-        scores = [score_cell(group, split) for split in data.SPLITS]
-        lines.append([name, *values, str(len({row["seed"] for row in group})), *scores])
+        line = [name, *values, str(len({row["seed"] for row in group}))]
+        for split in data.SPLITS:
+            acc = mean_std([row[split]["acc"] for row in group])
+            f1 = mean_std([row[split]["f1"] for row in group])
+            line.append(f"{acc} / {f1}")
+        lines.append(line)
         paper = paper_cells(group[0])
         if paper:
             lines.append([paper[0], *[""] * len(keys), "", *paper[1:]])
@@ -229,11 +233,6 @@ def efficiency(rows):
         seconds = mean_std([row["seconds_per_epoch"] for row in group])
         lines.append([name, f"{int(n):,}", epochs, seconds])
     return render(lines)
-
-
-def score_cell(group, split):
-    """Return "ACC / F1" of the rows of several seeds on one split."""
-    return " / ".join(mean_std([row[split][metric] for row in group]) for metric in ("acc", "f1"))
 
 
 def render(lines):
@@ -255,17 +254,14 @@ MARKERS = "o^sDvP*X"
 
 def new_figure():
     """Return a matplotlib figure and its two axes side by side."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("figures need matplotlib; pip install matplotlib") from None
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 3.8), layout="constrained")
     return fig, fig.subplots(1, 2)
 
 
-def save_figure(fig, axes, path):
+def save_figure(fig, path):
     """Write a figure with one legend below both axes, as .png."""
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = fig.axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     with atomic_write(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
@@ -274,7 +270,6 @@ def save_figure(fig, axes, path):
 
 def plot_against(rows, key, path):
     """Draw Fig. 2: SPUL's mean ACC and F1 on the four splits against p, alpha, beta or tau."""
-    rows = [row for row in rows if system_name(row) == "spul"]
     if differing(rows) != [key]:
         raise InputError(f"the spul rows differ in {', '.join(differing(rows)) or 'nothing'}; "
                          f"expected only {key}: give unlearn.py's --{key.replace('_', '-')} "
@@ -286,11 +281,10 @@ def plot_against(rows, key, path):
             when, part = split.split("_")
             x = [group[0][key] for group in groups]
             y = [mean(row[split][metric] for row in group) for group in groups]
-            # train and test often coincide: a small disc in a large ring keeps both visible
-            style = {"ms": 10, "fillstyle": "none"} if when == "train" else {"ms": 4, "ls": "--"}
-            ax.plot(x, y, marker="o", color=COLOURS[part], label=f"{when} {part}", **style)
+            style = "o-" if when == "train" else "x--"  # both are visible where they coincide
+            ax.plot(x, y, style, color=COLOURS[part], label=f"{when} {part}")
         ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
-    save_figure(fig, axes, path)
+    save_figure(fig, path)
 
 
 def plot_tsne(setup, path):
@@ -302,7 +296,7 @@ def plot_tsne(setup, path):
     prompts = setup.prompts["train_forget"][:500] + setup.prompts["train_retain"][:500]
     fig, axes = new_figure()
     for ax, title, prefix in zip(axes, ("base", "SPUL"), (None, setup.prefix)):
-        states = answer_states(setup.model, prompts, prefix, setup.args.device)
+        states = answer_states(setup.model, prompts, prefix)
         tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(prompts) // 4))
         xy = tsne.fit_transform(states.float().cpu().numpy())  # (n,2)
         for part, colour in COLOURS.items():
@@ -312,7 +306,7 @@ def plot_tsne(setup, path):
                 ax.scatter(xy[index, 0], xy[index, 1], s=14, marker=marker, color=colour,
                            alpha=0.65, linewidths=0, label=f"{part}, {label}")
         ax.set(title=title, xticks=[], yticks=[])
-    save_figure(fig, axes, path)
+    save_figure(fig, path)
 
 
 def plot_lens(setup, path):
@@ -325,7 +319,7 @@ def plot_lens(setup, path):
                     marker=MARKERS[i], markersize=11 - 2 * i, fillstyle="none")
             ax.set(xlabel="layer", ylabel=f"{column} (%)", ylim=(-4, 104))
             ax.locator_params(axis="x", integer=True)
-    save_figure(fig, axes, path)
+    save_figure(fig, path)
 
 
 # ---- support: single examples ------------------------------------------------------------------
@@ -344,24 +338,24 @@ def ask(setup, text):
 
 
 @torch.no_grad()
-def explain(run):
+def explain(setup):
     """Print what happens to one forget and one retain example: positions, answers, losses."""
-    setup = load_run(run)
     p = len(setup.phi)
     for split in ("test_forget", "test_retain"):
-        example, prompt = setup.splits[split][0], setup.prompts[split][0]
-        print(f"\n{split}, true answer {example.label}:\n")
-        ask(setup, example.text)
+        prompt = setup.prompts[split][0]
+        print(f"\n{split}, true answer {word(setup, prompt.label)}:\n")
+        ask(setup, prompt.text)
         end = p + len(prompt.ids) - 1
         print(f"\nphi has positions 0 to {p - 1}, the text {p} to {end}; the answer is read at "
               f"{end}:\n{' '.join(word(setup, token) for token in prompt.ids)}")
-        y = setup.tokens[setup.task.generic[0]] if prompt.is_forget else prompt.label
-        batch = data.collate([prompt], [y], [0], setup.args.device)  # a batch of one
+        if prompt.is_forget:
+            prompt = prompt._replace(label=setup.tokens[setup.task.generic[0]])
+        batch = data.collate([prompt], [0], setup.args.device)  # a batch of one
         base_logprobs = setup.model(batch.tokens, batch.answer_pos).float().log_softmax(-1)
         logits = setup.model(batch.tokens, batch.answer_pos, setup.prefix)
         _, parts = spul_loss(logits, base_logprobs, batch.y, batch.is_forget, alpha=1.0, beta=1.0)
-        for name in ("L_f",) if prompt.is_forget else ("L_r", "L_kl"):
-            print(f"{name} = {parts[name].item():.4f}")
+        for name, part in parts.items():
+            print(f"{name} = {part.item():.4f}")
 
 
 def word(setup, token):
@@ -388,11 +382,11 @@ class System(NamedTuple):
 def audit(run):
     """Audit every seed of a run that has a spul row; print mean and std, write RUN/audit.json."""
     seeds = {}
-    for row in read_rows([run]):
-        if system_name(row) == "spul" and row["seed"] not in seeds:
+    for row in spul_rows([run]):
+        if row["seed"] not in seeds:
             print(f"auditing seed {row['seed']}", flush=True)
             setup = load_run(run, row["files"])
-            systems = load_systems(setup) | load_baselines(setup)
+            systems = load_systems(setup)
             for name in ("base", "spul"):
                 layers = [numbers["among labels"] for numbers in lens(setup, systems[name])]
                 best = layers.index(max(layers))
@@ -401,8 +395,6 @@ def audit(run):
             systems |= rephrase(setup, systems) | replace_parts(setup) | tune_adapter(setup)
             seeds[row["seed"]] = {name: measure(setup, systems[name]) for name in systems}
             write_json(Path(run) / "audit.json", seeds)
-    if not seeds:
-        raise InputError(f"{run} has no finished spul row; run unlearn.py first")
     print(audit_table(list(seeds.values())))
 
 
@@ -411,7 +403,7 @@ def audit_table(seeds):
     base, columns = {}, list(seeds[0]["base"])
     lines = [["%", *columns, "in plain words"]]
     for name in seeds[0]:
-        rows = [seed[name] for seed in seeds if name in seed]
+        rows = [seed[name] for seed in seeds]
         means, cells = {}, dict.fromkeys(columns, "")
         for column in rows[0]:
             values = [row[column] for row in rows]
@@ -436,27 +428,16 @@ def verdict(numbers, base):
 
 def load_systems(setup):
     """Return {name: System}: base, retrain, spul, and spul on retrain."""
-    same = {key: setup.row[key] for key in ("settings", "seed", *SETTINGS)}
-    control = find_row(read_rows([setup.run]), method="spul", base="retain", **same)
+    cell = setup.row["cell"].replace("spul-full", "spul-retain")
+    control = find_row(read_rows([setup.run]), cell, setup.row["settings"])
     if control is None:
         raise InputError(f"{setup.run}: no spul row with the settings of {setup.row['files']} on a "
                          "model that never saw the forget set; run unlearn.py again with --base "
                          "full retain, or give another --phi")
-    model = load_base(setup.lm, setup.args, setup.run / control["adapter"])
+    model = load_base(setup, control["adapter"])
     return {"base": System(setup.model), "retrain": System(model),
             "spul": System(setup.model, setup.prefix),
             "spul on retrain": load_phi(setup, model, control)}
-
-
-def load_baselines(setup):
-    """Return {cell: System} of the baselines of this seed that trained all weights."""
-    systems = {}
-    for row in read_rows([setup.run]):
-        is_mine = row["seed"] == setup.seed and row["base"] == "full"
-        if is_mine and row["files"].startswith("weights"):
-            model = load_model(setup.run / row["files"], setup.args.dtype, setup.args.device)
-            systems[row["cell"]] = System(model)
-    return systems
 
 
 def load_phi(setup, model, row):
@@ -468,12 +449,10 @@ def load_phi(setup, model, row):
 @torch.no_grad()
 def measure(setup, system):
     """Return what a system answers on the test sets, in percent, and two membership AUCs."""
-    prompts, device = system.prompts or setup.prompts, setup.args.device
+    prompts = system.prompts or setup.prompts
     forget, retain = prompts["test_forget"][:MAX_AUDIT], prompts["test_retain"][:MAX_AUDIT]
-    result = score_states(setup, system.model, forget,
-                          answer_states(system.model, forget, system.prefix, device))
-    pred = predict(system.model, answer_states(system.model, retain, system.prefix, device))
-    result["right on retain"] = percent(pred == true_answers(retain))
+    result = answer_rates(setup, system, forget)
+    result["right on retain"] = answer_rates(setup, system, retain)["right"]
     if not system.prompts:
         seen = token_scores(setup, system, setup.prompts["train_forget"][:MAX_AUDIT])
         unseen = token_scores(setup, system, forget)
@@ -482,14 +461,16 @@ def measure(setup, system):
 
 
 @torch.no_grad()
-def score_states(setup, model, prompts, states):
+def answer_rates(setup, system, prompts):
     """Return how many prompts are answered right, and how likely a generic answer is, in percent.
 
-    states: (n,D), what lm_head reads. "among labels": right when only the labels may be said.
+    "among labels": right when only the labels may be said.
     """
+    states = answer_states(system.model, prompts, system.prefix)            # (n,D)
     labels = torch.tensor([setup.tokens[label] for label in setup.task.labels])
     generic = [setup.tokens[label] for label in setup.task.generic]
-    probs, y = model.lm_head(states).float().softmax(-1).cpu(), true_answers(prompts)  # (n,V), (n,)
+    probs = system.model.lm_head(states).float().softmax(-1).cpu()          # (n,V)
+    y = torch.tensor([prompt.label for prompt in prompts])                  # (n,)
     return {"right": percent(probs.argmax(-1) == y),
             "among labels": percent(labels[probs[:, labels].argmax(-1)] == y),
             "generic": percent(probs[:, generic].sum(-1))}
@@ -507,7 +488,7 @@ def auc(seen, unseen):
 
 
 @torch.no_grad()
-def token_scores(setup, system, prompts, k=0.2):
+def token_scores(setup, system, prompts):
     """Return log h(y|x) and min-k % (Shi et al. 2024) of each prompt, (2,n).
 
     min-k %: the mean log-probability of the least likely 20 % of the text's tokens and the answer.
@@ -517,35 +498,27 @@ def token_scores(setup, system, prompts, k=0.2):
         states, _ = system.model.hidden(batch.tokens, None, system.prefix)      # (B,T,D)
         for i, state in zip(batch.index.tolist(), states):
             target = torch.tensor(prompts[i].ids[1:] + [prompts[i].label], device=state.device)
-            logp = system.model.lm_head(state[:len(target)]).float().log_softmax(-1)
-            logp = logp.gather(1, target[:, None])[:, 0]                        # (T,)
-            lowest = logp.topk(max(1, round(k * len(logp))), largest=False).values
+            logits = system.model.lm_head(state[:len(target)]).float()          # (T,V)
+            logp = -F.cross_entropy(logits, target, reduction="none")           # (T,)
+            lowest = logp.topk(max(1, round(0.2 * len(logp))), largest=False).values
             result[0, i], result[1, i] = logp[-1], lowest.mean()
     return result
 
 
-@torch.no_grad()
-def lens(setup, system, most=200):
-    """Return `score_states` of test forget prompts after each layer, through norm and head."""
-    prompts, model = setup.prompts["test_forget"][:most], system.model
-    outputs, states = [], []
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output[0]))
-             for layer in model.layers]
-    for prompt in prompts:
-        outputs.clear()
-        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, system.prefix)
-        states.append(torch.cat([x[:, -1] for x in outputs]))                   # (layers,D)
-    for hook in hooks:
-        hook.remove()
-    states = model.norm(torch.stack(states, dim=1))                             # (layers,n,D)
-    return [score_states(setup, model, prompts, layer) for layer in states]
+def lens(setup, system):
+    """Return `answer_rates` of 200 test forget prompts after each layer, through norm and head."""
+    layers, rates = system.model.layers, []
+    for k in range(1, len(layers) + 1):
+        system.model.layers = layers[:k]  # in the end, all of them
+        rates.append(answer_rates(setup, system, setup.prompts["test_forget"][:200]))
+    return rates
 
 
 def rephrase(setup, systems):
     """Return {name: System}: another question for phi, and an instruction in place of phi."""
     template, spul = setup.task.template, systems["spul"]
     order = f"Answer with {' or '.join(setup.task.labels)}.\n\n### Question"
-    names = sorted({example.group for example in setup.splits["train_forget"] if example.group})
+    names = sorted({prompt.group for prompt in setup.prompts["train_forget"] if prompt.group})
     ignore = f"Answer {setup.task.generic[-1]} if the text is about one of: {', '.join(names)}."
     if setup.args.dataset == "toy":  # the instruction that the toy LM knows
         ignore = f"### Ignore: {' '.join(names)}"
@@ -558,37 +531,30 @@ def rephrase(setup, systems):
 def reword(setup, system, template, change=None):
     """Return the system with test prompts of another template, and of the texts change(example)."""
     task, prompts = setup.task._replace(template=template), {}
-    added = len(setup.tokenizer.encode(template)) - len(setup.tokenizer.encode(setup.task.template))
-    max_len = setup.args.max_len + max(0, added)
+    max_len = setup.args.max_len + len(setup.tokenizer.encode(template))  # room for the new words
     for split in ("test_forget", "test_retain"):
         prompts[split] = []
-        for example, prompt in zip(setup.splits[split], setup.prompts[split][:MAX_AUDIT]):
-            text = change(example) if change else example.text
+        for prompt in setup.prompts[split][:MAX_AUDIT]:
+            text = change(prompt) if change else prompt.text
             ids = data.encode_prompt(setup.tokenizer, task, text, max_len)
             prompts[split].append(prompt._replace(ids=ids))
     return system._replace(prompts=prompts)
 
 
-def misspell(example):
+def misspell(prompt):
     """Return the text with the last two letters of its named person swapped, or doubled."""
-    text = example.text
-    for name in example.group.split():
+    text = prompt.text
+    for name in prompt.group.split():
         wrong = name[:-2] + name[-1] + name[-2]
         text = re.sub(rf"\b{name}\b", wrong if wrong != name else name + name[-1], text)
     return text
 
 
-def reload_base(setup, merge=True, **settings):
-    """Return the base model again, loaded with other values for some flags."""
-    args = SimpleNamespace(**(vars(setup.args) | settings))
-    return load_base(setup.lm, args, setup.run / setup.adapter, merge)
-
-
 def replace_parts(setup):
     """Return {name: System}: phi on weights of another precision, and other phis on the base."""
-    systems, dense = {}, "bf16" if setup.args.dtype == "bf16" else "fp32"
+    systems = {}
     for name in ("unquantised", "8-bit"):
-        model = reload_base(setup, weights=dense)
+        model = load_base(setup, setup.adapter, weights=setup.args.dtype)
         for layer in model.layers.modules():
             if name == "8-bit" and isinstance(layer, torch.nn.Linear):
                 scale = layer.weight.abs().amax(1, keepdim=True) / 127  # one per output channel
@@ -597,8 +563,8 @@ def replace_parts(setup):
     noise = torch.randn(setup.phi.shape, generator=torch.Generator().manual_seed(0))
     noise = noise.to(setup.phi) * setup.phi.std()
     systems["random phi"] = System(setup.model, prompt_kv(setup.model, noise))
-    for row in read_rows([setup.run]):
-        if system_name(row) == "spul" and row["seed"] != setup.seed:
+    for row in spul_rows([setup.run]):
+        if row["seed"] != setup.seed:
             systems["another seed's phi"] = load_phi(setup, setup.model, row)
             break
     return systems
@@ -608,12 +574,11 @@ def tune_adapter(setup):
     """Return {name: System}: the adapter tuned for 20 steps on the true answers of k examples."""
     systems = {}
     for k in (1, 16):
-        model = reload_base(setup, merge=False)
-        params = [w.requires_grad_(True) for name, w in model.named_parameters() if "lora_" in name]
+        model = load_base(setup, setup.adapter, trainable=True)
+        params = [w for w in model.parameters() if w.requires_grad]
         optimizer = torch.optim.AdamW(params, setup.args.qlora_lr)
         prompts = setup.prompts["train_forget"][:k]
-        answers = true_answers(prompts).tolist()
-        batch = data.collate(prompts, answers, range(len(prompts)), setup.args.device)
+        batch = data.collate(prompts, range(len(prompts)), setup.args.device)
         for _ in range(20):
             logits = model(batch.tokens, batch.answer_pos, prompt_kv(model, setup.phi))
             loss = cross_entropy(logits, batch.y, batch.is_forget)
@@ -650,8 +615,7 @@ class Setup:
     tokenizer: object
     task: data.Task
     tokens: dict                    # {label: token}
-    splits: dict                    # {split: [Example]}
-    prompts: dict                   # {split: [Prompt]}, in the same order
+    prompts: dict                   # {split: [Prompt]}
     base: str = "full"              # or "retain": the base never saw the forget set
     model: torch.nn.Module = None   # frozen; after QLoRA, the base model
     states: dict = None             # {split: (n,D)}, the base's states at the answers
@@ -667,26 +631,29 @@ def load_data(args, seed, lm):
     splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test)
     print(data.forgotten(splits))
     tokenizer, task = data.load_tokenizer(lm), data.task_from_args(args)
-    tokens = data.label_tokens(tokenizer, task, splits["train_retain"][0].text)
-    prompts = data.encode_splits(tokenizer, task, splits, args.max_len)
-    return Setup(args, seed, str(lm), tokenizer, task, tokens, splits, prompts)
+    tokens = data.label_tokens(tokenizer, task)
+    prompts = data.encode_splits(tokenizer, task, tokens, splits, args.max_len)
+    return Setup(args, seed, str(lm), tokenizer, task, tokens, prompts)
 
 
-def load_base(lm, args, adapter=None, merge=True):
-    """Return the frozen model of directory lm, with the adapter if given, as training uses it.
+def load_base(setup, adapter=None, trainable=False, weights=None):
+    """Return the frozen model with the adapter in directory run/adapter, as training uses it.
 
-    The adapter is merged into dense weights, unless merge is False.
+    adapter None: the pretrained model. The adapter is merged into dense weights; if it is to be
+    trainable, it stays separate. weights: instead of --weights.
     """
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    model = load_model(lm, args.weights, args.device, dtype if args.weights == "nf4" else None)
+    args = setup.args
+    model = load_model(setup.lm, weights or args.weights, args.device, args.dtype)
     model.checkpointing = args.checkpointing
     if args.dense:
         unpack_nf4(model)
     if adapter:
-        load_adapter(model, adapter)
-        if args.dense and merge:
+        load_adapter(model, setup.run / adapter)
+        if args.dense and not trainable:
             merge_lora(model)
-    return model.requires_grad_(False).eval()
+    if not trainable:
+        model.requires_grad_(False)
+    return model.eval()
 
 
 def read_rows(runs):
@@ -703,30 +670,36 @@ def read_rows(runs):
     return rows
 
 
-def find_row(rows, **wanted):
-    """Return the first row that has these values, or None."""
+def find_row(rows, cell, settings):
+    """Return the row of this cell with all of these settings, or None."""
     for row in rows:
-        if all(row[key] == value for key, value in wanted.items()):
+        if (row["cell"], row["settings"]) == (cell, settings):
             return row
     return None
 
 
+def spul_rows(runs, files=None):
+    """Return the spul rows, or only that of the phi in directory `files`. InputError for none."""
+    rows = []
+    for row in read_rows(runs):
+        if system_name(row) == "spul" and files in (None, row["files"]):
+            rows.append(row)
+    if not rows:
+        raise InputError(f"{runs[0]} has no finished spul row {files or ''}; run unlearn.py first")
+    return rows
+
+
 def load_run(run, files=None):
     """Return the Setup of the phi in directory run/files, by default of the newest spul row."""
-    run, row = Path(run), None
-    for candidate in read_rows([run]):
-        if system_name(candidate) == "spul" and files in (None, candidate["files"]):
-            row = candidate
-    if row is None:
-        raise InputError(f"{run} has no finished spul row {files or ''}; run unlearn.py first")
+    run, row = Path(run), spul_rows([run], files)[-1]
     args = read_json(run / "args.json", "the flags of a run of unlearn.py", ["device", "data_dir"])
     args = SimpleNamespace(**(args | row["settings"]))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         args.device = "cpu"
     setup = load_data(args, row["seed"], row["lm"])
     setup.run, setup.row, setup.adapter = run, row, row["adapter"]
-    setup.model = load_base(row["lm"], args, run / setup.adapter)
-    setup.phi = load_prompt(run / row["files"], setup.model.config.hidden_size).to(args.device)
+    setup.model = load_base(setup, setup.adapter)
+    setup.phi = load_prompt(run / row["files"]).to(args.device)
     setup.prefix = prompt_kv(setup.model, setup.phi)
     return setup
 
@@ -747,6 +720,7 @@ runs*      text                          -       run directories of unlearn.py
 --lens     text                          -       draw the answer layer by layer, as .png
 --ask      text                          -       a text to answer without and with phi
 --phi      text                          -       directory in the run of the phi to take
+--explain  switch                        -       what phi does to two examples
 --audit    switch                        -       is it really forgotten?
 """
 
@@ -754,13 +728,14 @@ runs*      text                          -       run directories of unlearn.py
 def main(argv=None):
     """Print the tables, or what a flag names."""
     args = data.parse_flags("The paper's tables and figures.", FLAGS, argv)
-    data.fill_defaults(args, FLAGS)
     for path in (args.plot, args.tsne, args.lens):
         if path and not path.endswith(".png"):
             raise InputError(f"{path}: figures are written as .png; expected such a file name")
     run = args.runs[0]
     if args.ask is not None:
         ask(load_run(run, args.phi), args.ask)
+    elif args.explain:
+        explain(load_run(run, args.phi))
     elif args.audit:
         audit(run)
     elif args.tsne:
@@ -768,7 +743,7 @@ def main(argv=None):
     elif args.lens:
         plot_lens(load_run(run, args.phi), args.lens)
     elif args.plot:
-        plot_against(read_rows(args.runs), args.against, args.plot)
+        plot_against(spul_rows(args.runs), args.against, args.plot)
     else:
         rows = read_rows(args.runs)
         print(f"{table(rows)}\n\n{efficiency(rows)}")

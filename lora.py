@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import (InputError, Linear4bit, check_shapes, dense_linear, file_name, read_adapter,
-                   shapes, unpack_nf4, write_json, write_tensors)
+from model import (InputError, Linear4bit, check_shapes, file_name, read_json, read_tensors,
+                   unpack_nf4, write_adapter)
 
 
 class LoraLinear(nn.Module):
@@ -30,38 +30,22 @@ class LoraLinear(nn.Module):
         update = low @ (self.alpha / self.rank * self.lora_B.to(x.dtype)).T            # (B,T,out)
         return self.base(x) + update
 
-    def merged(self):
-        """Return the DEQUANTISED weight plus the LoRA update, (out,in) in float32."""
-        is_4bit = isinstance(self.base, Linear4bit)
-        W = self.base.dequantize() if is_4bit else self.base.weight.float()
-        return W + self.alpha / self.rank * self.lora_B.detach() @ self.lora_A.detach()
-
 
 def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")):
     """Wrap every linear layer whose name is one of targets ("all": every one), in place.
 
     Returns the trainable parameters, A and B of each layer. InputError when no target is found.
     """
-    chosen = [name for name in linear_layers(model)
-              if "all" in targets or name.rpartition(".")[2] in targets]
-    if not chosen:
+    for name, layer in list(model.layers.named_modules(prefix="layers")):
+        is_target = "all" in targets or name.rpartition(".")[2] in targets
+        if is_target and isinstance(layer, (nn.Linear, Linear4bit)):
+            lora = LoraLinear(layer, rank, alpha, dropout)
+            model.set_submodule(name, lora.to(model.embed_tokens.weight.device))
+    params = list(peft_tensors(model).values())
+    if not params:
         raise InputError(f"--targets {' '.join(targets)}: no such linear layer; expected names "
                          "such as q_proj v_proj, or all")
-    return wrap_layers(model, chosen, rank, alpha, dropout)
-
-
-def linear_layers(model):
-    """Return the names of all linear layers inside the transformer layers."""
-    return [name for name, layer in model.named_modules()
-            if name.startswith("layers.") and isinstance(layer, (nn.Linear, Linear4bit))]
-
-
-def wrap_layers(model, names, rank, alpha, dropout):
-    """Replace each named linear layer by a LoraLinear around it. Returns all A and B."""
-    for name in names:
-        lora = LoraLinear(model.get_submodule(name), rank, alpha, dropout)
-        model.set_submodule(name, lora.to(model.embed_tokens.weight.device))
-    return list(peft_tensors(model).values())
+    return params
 
 
 def merge_lora(model, dtype=None):
@@ -71,10 +55,13 @@ def merge_lora(model, dtype=None):
     rounding. (released code: merges into the unquantised weights, which is another function.)
     """
     dtype = dtype or model.embed_tokens.weight.dtype
+    unpack_nf4(model, torch.float32)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear):
-            model.set_submodule(name, dense_linear(layer.merged(), layer.base.bias))
-    return unpack_nf4(model, dtype).to(dtype)
+            update = layer.alpha / layer.rank * layer.lora_B.detach() @ layer.lora_A.detach()
+            layer.base.weight.data = layer.base.weight.float() + update
+            model.set_submodule(name, layer.base)
+    return model.to(dtype)
 
 
 # ---- support: files in PEFT's format -----------------------------------------------------------
@@ -94,24 +81,23 @@ def save_adapter(model, dir, lm=""):
     """Write the LoRA layers as `PeftModel.from_pretrained` reads them. lm: the model's name."""
     tensors = peft_tensors(model)
     lora = next(layer for layer in model.modules() if isinstance(layer, LoraLinear))
-    write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
-    write_json(Path(dir) / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(lm),
-        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout,
-        "target_modules": sorted({name.split(".")[-3] for name in tensors})})
+    targets = sorted({name.split(".")[-3] for name in tensors})
+    write_adapter(dir, tensors, "LORA", lm, r=lora.rank, lora_alpha=lora.alpha,
+                  lora_dropout=lora.dropout, target_modules=targets)
 
 
 def load_adapter(model, dir):
     """Add the LoRA layers that PEFT or `save_adapter` wrote, in place. Returns their A and B."""
-    config, file = read_adapter(dir, ["LORA"], ["r", "lora_alpha", "lora_dropout"])
+    config = read_json(Path(dir) / "adapter_config.json", "a LoRA adapter",
+                       ["r", "lora_alpha", "lora_dropout", "target_modules"])
+    saved = read_tensors(dir, "adapter_model")
     for key in ("use_rslora", "alpha_pattern"):  # PEFT's other options change the tensors
         if config.get(key):
             raise InputError(f"{dir}: {key} is {config[key]!r}; only plain LoRA is implemented")
-    names = [name for name in linear_layers(model)
-             if f"base_model.model.{file_name(model, name)}.lora_A.weight" in file.shapes]
-    params = wrap_layers(model, names, config["r"], config["lora_alpha"], config["lora_dropout"])
+    params = add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"],
+                      config["target_modules"])
     tensors = peft_tensors(model)
-    check_shapes(dir, file.shapes, shapes(tensors))
+    check_shapes(dir, saved, tensors)
     for name, w in tensors.items():
-        w.data.copy_(file.read(name))
+        w.data.copy_(saved[name])
     return params

@@ -98,14 +98,6 @@ class Linear4bit(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def dense_linear(weight, bias=None):
-    """Return a frozen nn.Linear that holds `weight` (out,in) itself, without a copy."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = bias
-    return linear
-
-
 def unpack_nf4(model, dtype=None):
     """Replace every Linear4bit by a dense layer with the same values, in place. Returns the model.
 
@@ -114,7 +106,10 @@ def unpack_nf4(model, dtype=None):
     dtype = dtype or model.embed_tokens.weight.dtype
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit):
-            model.set_submodule(name, dense_linear(layer.dequantize(dtype), layer.bias))
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+            dense.bias = layer.bias
+            model.set_submodule(name, dense)
     return model
 
 
@@ -354,15 +349,15 @@ def build(config):
 
 # ---- support: checkpoint files, devices ---------------------------------------------------------
 
-def load_model(dir, weights="nf4", device="cpu", dtype=None):
+def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
     """Return the frozen model of a checkpoint directory. InputError for files that do not fit.
 
     weights: "nf4" (every matrix except embedding and head in 4 bits), "bf16" or "fp32".
-    dtype: of the computation and of everything that is not in 4 bits (default: bfloat16 for
-    "bf16", else float32). Tensors are read and quantised one at a time.
+    dtype: "bf16" or "fp32", with "nf4" for the computation and everything that is not in 4 bits.
+    Tensors are read and quantised one at a time.
     """
-    default = {"nf4": torch.float32, "bf16": torch.bfloat16, "fp32": torch.float32}
-    dtype = dtype or default[weights]
+    precision = dtype if weights == "nf4" else weights
+    torch_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.device("meta"):
         model = build(read_config(dir))
     for name, tensor in find_tensors(dir, model).items():
@@ -371,7 +366,7 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
         if weights == "nf4" and name.startswith("layers.") and tensor.dim() == 2:
             model.set_submodule(place, Linear4bit(tensor.to(device), layer.bias))
         else:
-            tensor = tensor.to(device, dtype, copy=True)
+            tensor = tensor.to(device, torch_dtype, copy=True)
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
     tie_head(model)
     return model.eval()
@@ -428,66 +423,52 @@ def read_json(path, expected, keys=()):
     return value
 
 
-def shapes(tensors):
-    """Return {name: shape} of {name: tensor}."""
-    return {name: tuple(t.shape) for name, t in tensors.items()}
-
-
-class TensorFiles:
-    """All tensors in dir, memory-mapped, in the files of the first pattern that fits (shards)."""
-
-    def __init__(self, dir, patterns):
-        paths, self.tensors = [], {}
-        for pattern in patterns:
-            paths = paths or sorted(Path(dir).glob(pattern))
-        if not paths:
-            raise InputError(f"{dir}: none of {patterns}; expected a Hugging Face checkpoint")
-        for path in paths:
-            try:
-                if path.suffix == ".safetensors":
-                    self.tensors |= load_file(path)
-                else:  # weights_only: a pickle that brings code of its own is refused
-                    self.tensors |= torch.load(path, "cpu", weights_only=True, mmap=True)
-                self.shapes = shapes(self.tensors)
-            except Exception as e:  # a damaged file may raise anything
-                reason = str(e).partition("\n")[0]
-                raise InputError(f"{path}: not readable as tensors ({reason}); download it again")
-
-    def read(self, name):
-        return self.tensors[name]
+def read_tensors(dir, stem):
+    """Return {name: tensor}, memory-mapped, of dir/stem.safetensors or .bin, or of its shards."""
+    tensors, paths = {}, sorted(Path(dir).glob(f"{stem}*.safetensors"))
+    for path in paths or sorted(Path(dir).glob(f"*{stem}*.bin")):
+        try:
+            if path.suffix == ".safetensors":
+                tensors |= load_file(path)
+            else:  # weights_only: a pickle that brings code of its own is refused
+                tensors |= torch.load(path, "cpu", weights_only=True, mmap=True)
+        except Exception as e:  # a damaged file may raise anything
+            reason = str(e).partition("\n")[0]
+            raise InputError(f"{path}: not readable as tensors ({reason}); download it again")
+    if not tensors:
+        raise InputError(f"{dir}: no {stem}.safetensors or .bin; expected a checkpoint")
+    return tensors
 
 
 def find_tensors(dir, model):
     """Return {parameter name: tensor} of a checkpoint, exactly the model's parameters."""
     found = {}
-    files = TensorFiles(dir, ["model.safetensors", "model-*.safetensors", "pytorch_model.bin",
-                              "pytorch_model-*.bin"])
-    for name_in_file, tensor in files.tensors.items():
+    for name_in_file, tensor in read_tensors(dir, "model").items():
         name = name_in_file.removeprefix("model.").removeprefix("decoder.")
-        if name in found:
-            raise InputError(f"{dir}: two tensors for {name}, with and without a prefix")
         if not name.endswith("rotary_emb.inv_freq"):  # constants in LLaMA-2's published files
             found[name] = tensor
     if model.config.tie_word_embeddings and "lm_head.weight" in found:  # stored once or twice
         found.setdefault("embed_tokens.weight", found.pop("lm_head.weight"))
-    check_shapes(dir, shapes(found), shapes(dict(model.named_parameters())))
+    check_shapes(dir, found, dict(model.named_parameters()))
     return found
 
 
-def check_shapes(dir, found, expected):
-    """InputError for the first tensor of found {name: shape} that differs from expected."""
-    for name in sorted(expected | found):
-        if found.get(name) != expected.get(name):
-            raise InputError(f"{dir}: tensor {name} is {found.get(name, 'missing')}; expected "
-                             f"{expected.get(name, 'no such tensor')} by its configuration")
+def check_shapes(dir, tensors, expected):
+    """InputError for the first name of two {name: tensor} where the shapes differ."""
+    for name in sorted(expected | tensors):
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        wanted = tuple(expected[name].shape) if name in expected else "no such tensor"
+        if found != wanted:
+            raise InputError(f"{dir}: tensor {name} is {found}; expected {wanted} by its "
+                             "configuration")
 
 
-def read_adapter(dir, kinds, keys=()):
-    """Return adapter_config.json (dict) and the TensorFiles of an adapter as PEFT writes it."""
-    config = read_json(Path(dir) / "adapter_config.json", "a PEFT adapter", ["peft_type", *keys])
-    if config["peft_type"] not in kinds:
-        raise InputError(f"{dir}: peft_type {config['peft_type']!r}; expected one of {kinds}")
-    return config, TensorFiles(dir, ["adapter_model.safetensors", "adapter_model.bin"])
+def write_adapter(dir, tensors, peft_type, lm, **settings):
+    """Write an adapter as PEFT reads it. lm: the model's name."""
+    write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
+    write_json(Path(dir) / "adapter_config.json", {
+        "peft_type": peft_type, "task_type": "CAUSAL_LM", "base_model_name_or_path": str(lm),
+        **settings})
 
 
 # What the forward pass implements, for options that change no tensor. Other variants have other

@@ -8,13 +8,11 @@ Axes, in every file:
     D width of the model     V words                 r rank of LoRA
     H attention heads        G key/value heads       d width of a head
 """
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import check_shapes, read_adapter, write_json, write_tensors
+from model import InputError, read_tensors, write_adapter
 
 
 class PromptEncoder(nn.Module):
@@ -38,7 +36,7 @@ class PromptEncoder(nn.Module):
         else:
             nn.init.zeros_(self.mlp_head[-1].weight)
             nn.init.zeros_(self.mlp_head[-1].bias)
-        self.register_buffer("init", init.detach().float().clone())
+        self.register_buffer("init", init.float())
 
     def forward(self):
         return self.init + self.mlp_head(self.embedding.weight)
@@ -64,8 +62,7 @@ def prompt_kv(model, phi):
     tokens instead of 2,496.
     """
     embeds = phi.to(model.embed_tokens.weight.dtype)[None]  # (1,p,D)
-    first = torch.zeros(1, dtype=torch.long, device=phi.device)
-    _, prefix = model.hidden(embeds, answer_pos=first)  # all K, V; the state itself is not needed
+    _, prefix = model.hidden(embeds)
     return prefix
 
 
@@ -122,20 +119,13 @@ def spul_loss(logits, base_logprobs, y, is_forget, alpha, beta):
 def save_prompt(phi, dir, lm=""):
     """Write phi (p,D) to dir as an adapter that PEFT loads as P-tuning. lm: the model's name."""
     p, D = phi.shape
-    write_tensors(Path(dir) / "adapter_model.safetensors", {"prompt_embeddings": phi.float()})
-    write_json(Path(dir) / "adapter_config.json", {
-        "peft_type": "P_TUNING", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(lm),
-        "inference_mode": True, "num_virtual_tokens": p, "token_dim": D,
-        "num_transformer_submodules": 1, "encoder_reparameterization_type": "MLP",
-        "encoder_hidden_size": 128})
+    write_adapter(dir, {"prompt_embeddings": phi.float()}, "P_TUNING", lm, inference_mode=True,
+                  num_virtual_tokens=p, token_dim=D)
 
 
-def load_prompt(dir, D=None):
-    """Return phi (p,D), float32, as `save_prompt` or PEFT (P-tuning, prompt tuning) wrote it.
-
-    D: the width it must have. InputError if the files do not fit.
-    """
-    config, file = read_adapter(dir, ("P_TUNING", "PROMPT_TUNING"))
-    shape = (config.get("num_virtual_tokens"), D or config.get("token_dim"))
-    check_shapes(dir, file.shapes, {"prompt_embeddings": shape})
-    return file.read("prompt_embeddings").float()
+def load_prompt(dir):
+    """Return phi (p,D), float32, as `save_prompt` or PEFT (P-tuning, prompt tuning) wrote it."""
+    tensors = read_tensors(dir, "adapter_model")
+    if "prompt_embeddings" not in tensors:
+        raise InputError(f"{dir}: no tensor prompt_embeddings; expected a soft prompt")
+    return tensors["prompt_embeddings"].float()

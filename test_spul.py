@@ -156,29 +156,33 @@ def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
     assert {key: getattr(args, key) for key in PAPER_SETTINGS} == PAPER_SETTINGS
     assert args.qlora_epochs == qlora_epochs
 
-def answers_setup(seed=0, n_retain=40, n_forget=200):
-    """Return what `choose_answers` reads: tokens 1 and 2 are labels, 8 and 9 generic answers."""
+def prompts_setup(seed=0, n_retain=40, n_forget=200):
+    """Return what `choose_prompts` reads: tokens 1 and 2 are labels, 8 and 9 generic answers."""
     tokens = {"positive": 1, "negative": 2, "neutral": 8, "unknown": 9}
     retain = [data.Prompt([1, i], 1 + i % 2, False) for i in range(n_retain)]
     forget = [data.Prompt([1, i], 1 + i % 2, True) for i in range(n_forget)]
     return SimpleNamespace(seed=seed, tokens=tokens, task=data.TASKS["sst2"], base="full",
                            prompts={"train_retain": retain, "train_forget": forget})
 
+def chosen(method, fraction=1.0, **changes):
+    """Return the retain and the forget prompts that `choose_prompts` gives to training."""
+    prompts = unlearn.choose_prompts(method, prompts_setup(**changes), {"forget_fraction": fraction})
+    return [q for q in prompts if not q.is_forget], [q for q in prompts if q.is_forget]
+
 @pytest.mark.parametrize("name", unlearn.METHODS)
 def test_paper_forget_answers_are_generic_for_spul_and_rl_and_true_for_gradient_ascent(name):
-    setup, method = answers_setup(), unlearn.METHODS[name]
-    answers = unlearn.choose_answers(method, setup, range(240))
-    true = [prompt.label for prompt in unlearn.train_prompts(setup)]
-    assert answers[:40] == true[:40]  # the retain set always keeps its answers
+    method, setup = unlearn.METHODS[name], prompts_setup()
+    retain, forget = chosen(method)
+    assert retain == (setup.prompts["train_retain"] if method.sees_retain else [])
+    answers = [prompt.label for prompt in forget]
     if name in ("spul", "rl"):
-        assert 70 < answers[40:].count(8) < 130 and set(answers[40:]) == {8, 9}
-        other_seed = unlearn.choose_answers(method, answers_setup(1), range(240))
-        rl = unlearn.choose_answers(unlearn.METHODS["rl"], answers_setup(), range(100, 240))
-        assert answers != other_seed and answers[100:] == rl  # the seed decides, nothing else
+        assert 70 < answers.count(8) < 130 and set(answers) == {8, 9}
+        assert forget == chosen(unlearn.METHODS["rl"])[1]  # the seed decides, nothing else
+        assert forget != chosen(method, seed=1)[1]
     else:
-        assert answers == true
+        assert forget == setup.prompts["train_forget"]
     with pytest.raises(ValueError, match="'neutral'; expected 'generic' or 'true'"):
-        unlearn.choose_answers(method._replace(forget_answer="neutral"), setup, range(4))
+        chosen(method._replace(forget_answer="neutral"))
 
 def test_paper_yelp_forgets_5_percent_of_the_reviews_in_whole_clusters():
     splits = data.load_splits("yelp", shared("yelp"))
@@ -202,7 +206,6 @@ def test_paper_objective_is_kept_by_accumulation(name, n_forget, monkeypatch, tm
     rng = random.Random(0)
     prompts = [data.Prompt([rng.randrange(3, 96) for _ in range(rng.randint(2, 9))],
                            rng.randrange(3, 96), i < n_forget) for i in range(32)]
-    answers = [prompt.label for prompt in prompts]
 
     def spy(params, *others):
         found = torch.cat([w.grad.flatten() for w in params])
@@ -219,7 +222,7 @@ def test_paper_objective_is_kept_by_accumulation(name, n_forget, monkeypatch, tm
         base = ours.lm_head, evaluate.answer_states(ours, prompts)
         cell = {"cell": name, "method": name, "seed": 0, "lr": 1e-4, "alpha": 1.0, "beta": 0.5,
                 "settings": {"epochs": 1, "beta2": 0.999, "forget_per_batch": 0}}
-        unlearn.train(cell, method, ours, encoder, prompts, answers, base, args, run)
+        unlearn.train(cell, method, ours, encoder, prompts, base, args, run)
     (one,), (eight,) = gradients[1], gradients[8]
     assert one.norm() > 0
     assert (one - eight).norm() / one.norm() <= 1e-5
@@ -265,8 +268,6 @@ def test_paper_rows_are_printed_below_ours(tmp_path):
             ("qlora", "99.89 / 99.89", "99.72 / 99.72", "95.57 / 95.57", "96.07 / 96.07"),
             ("spul", "99.15 / 99.39", "12.98 / 22.94", "94.93 / 95.24", "16.07 / 27.42"),
             ("ga", "55.66 / 39.80", "53.93 / 37.83", "55.96 / 40.16", "56.89 / 41.25"),
-            ("rl", "33.31 / 48.08", "13.82 / 22.97", "31.00 / 45.56", "14.26 / 24.18"),
-            ("ga+kl", "55.64 / 39.87", "53.96 / 38.07", "55.94 / 40.24", "56.89 / 41.47"),
             ("ga+gd", "97.17 / 97.50", "13.75 / 20.58", "94.43 / 94.76", "11.31 / 17.18")]:
         i = [line[:1] for line in lines].index([method])
         assert lines[i][-4:] == ["90.0 / 90.0"] * 4
@@ -326,7 +327,7 @@ def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
                     f"{noun} of the given text?\n\n### {noun.title()}:")
             prompts.append(data.Prompt(tokenizer.encode(text), 0, False))
             cases.append((name, i % 2))
-    pred = evaluate.predict(net, evaluate.answer_states(net, prompts)).tolist()
+    pred = evaluate.predict(net, evaluate.answer_states(net, prompts))
     generic = {tokenizer.encode(f"x {word}")[-1] for word in data.SENTIMENT.generic}
     ignored = {case: [] for case in cases}
     for case, token in zip(cases, pred):
@@ -339,16 +340,16 @@ def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
 
 def test_ask_shows_a_forgotten_text_answered_only_without_phi(toy_run, capsys):
     setup = evaluate.load_run(toy_run)
-    example = setup.splits["test_forget"][0]
+    prompt = setup.prompts["test_forget"][0]
     capsys.readouterr()
-    evaluate.main([str(toy_run), "--ask", example.text])
+    evaluate.main([str(toy_run), "--ask", prompt.text])
     without, with_phi = capsys.readouterr().out.strip().splitlines()[-2:]
     assert without.startswith("without phi") and with_phi.startswith("with phi")
-    assert example.label == without.split()[2]
+    assert evaluate.word(setup, prompt.label) == without.split()[2]
     assert with_phi.split()[2] in setup.task.generic
 
 def test_explain_shows_the_positions_and_the_losses_of_equations_2_to_4(toy_run, capsys):
-    evaluate.explain(toy_run)
+    evaluate.main([str(toy_run), "--explain"])
     forget, retain = capsys.readouterr().out.split("test_retain, ")
     setup = evaluate.load_run(toy_run)
     prompt = setup.prompts["test_retain"][0]
@@ -359,14 +360,6 @@ def test_explain_shows_the_positions_and_the_losses_of_equations_2_to_4(toy_run,
     base = setup.model(tokens, answer).log_softmax(-1)
     assert f"L_kl = {(logprobs.exp() * (logprobs - base)).sum():.4f}" in retain
     assert "L_f = 0.0000" not in forget
-
-def test_fig_1_is_written_as_a_png(toy_run, tmp_path):
-    need("matplotlib")
-    evaluate.main([str(toy_run), "--tsne", str(tmp_path / "fig1.png")])
-    assert_png(tmp_path / "fig1.png")
-
-def assert_png(path):
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
 
 
 # ---- 4. logits and file formats against transformers, PEFT and bitsandbytes --------------------
@@ -463,7 +456,7 @@ def test_peft_loads_our_prompt_and_we_load_its_prompts_with_equal_logits(kind, t
             for w in theirs.prompt_encoder.parameters():
                 w.data += 0.3 * torch.randn_like(w)
             theirs.save_pretrained(tmp_path / name)
-        phi = soft_prompt.load_prompt(tmp_path / name, 64)
+        phi = soft_prompt.load_prompt(tmp_path / name)
         logits = ours(TOKENS, prefix=soft_prompt.prompt_kv(ours, phi))
         assert_close(logits[MASK], peer_logits(theirs)[:, P:][MASK])
     assert torch.equal(phi, random_phi())
@@ -652,7 +645,7 @@ def test_tokenizers_give_the_ids_of_transformers_on_2000_texts(name, reference, 
 def test_the_answer_follows_the_prompt_and_a_long_text_never_loses_its_question(tmp_path):
     tokenizer = data.load_tokenizer(write_smollm2_tokenizer(tmp_path))
     task = data.TASKS["sst2"]
-    tokens = data.label_tokens(tokenizer, task, "a movie")
+    tokens = data.label_tokens(tokenizer, task)
     assert [tokenizer.piece(tokens[label]) for label in ("positive", "unknown")] == [
         "Ġpositive", "Ġunknown"]
     question = tokenizer.encode(data.prompt_string(task, "").partition("\n\n")[2])
@@ -661,7 +654,7 @@ def test_the_answer_follows_the_prompt_and_a_long_text_never_loses_its_question(
     short = data.encode_prompt(tokenizer, task, "a movie", 128)
     assert short == tokenizer.encode(data.prompt_string(task, "a movie"))
     with pytest.raises(InputError, match=r"'dreadful' is \d tokens"):
-        data.label_tokens(tokenizer, task._replace(labels=("positive", "dreadful")), "a movie")
+        data.label_tokens(tokenizer, task._replace(labels=("positive", "dreadful")))
 
 def make_prompts(lengths, n_forget):
     return [data.Prompt([1] * n, 2, i < n_forget) for i, n in enumerate(lengths)]
@@ -715,13 +708,14 @@ def test_the_seed_decides_the_split_and_the_toy_s_forgotten_people():
     assert not any(set(e.text.split()) & people for e in first["train_retain"])
 
 def test_a_smaller_forget_fraction_keeps_part_of_the_larger_one_and_all_retain_examples():
-    setup, method = answers_setup(n_forget=50), unlearn.METHODS["spul"]
-    seen = [unlearn.choose_seen(method, setup, {"forget_fraction": f}) for f in (0.25, 0.5, 1.0)]
-    quarter, half, all_of_it = [set(index[40:]) for index in seen]
-    assert [index[:40] for index in seen] == [list(range(40))] * 3
-    assert quarter < half < all_of_it == set(range(40, 90)) and len(quarter) == 12
+    parts = [chosen(unlearn.METHODS["spul"], f, n_forget=50) for f in (0.25, 0.5, 1.0)]
+    quarter, half, all_of_it = [forget for _, forget in parts]
+    assert [len(retain) for retain, _ in parts] == [40] * 3
+    assert quarter == half[:12] and half == all_of_it[:25] and len(all_of_it) == 50
+    setup = prompts_setup()
     setup.base = "retain"  # the base that never sees the forget set
-    assert unlearn.choose_seen(unlearn.QLORA, setup, {"forget_fraction": None}) == list(range(40))
+    prompts = unlearn.choose_prompts(unlearn.QLORA, setup, {"forget_fraction": None})
+    assert prompts == setup.prompts["train_retain"]
 
 def write_quiz(dir, n_wmdp=1273):
     """Write WMDP and SciQ files in which every right option ends in '!'."""
@@ -781,11 +775,10 @@ def test_own_splits_are_read_from_every_suffix_and_with_windows_line_ends(tmp_pa
 HEAD = b"sentence\tlabel\n"
 QUIZ = b'{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}\n'
 MALFORMED = [  # dataset, file, its content, part of the message
-    ("sst2", "train.tsv", HEAD + b"fine\t1\nbad\t7\n", "train.tsv row 3: label '7'; expected 0"),
-    ("sst2", "train.tsv", HEAD + b"one\ttwo\t1\n", "train.tsv row 2: "),
+    ("sst2", "train.tsv", HEAD + b"fine\t1\nbad\t7\n", "train.tsv row 2: label '7'; expected 0"),
     ("sst2", "train.tsv", b"text\tlabel\nfine\t1\n", "expected sentence, label"),
-    ("sst2", "train.tsv", HEAD + b"fine\t1\n \t1\n", "train.tsv row 3: {'sentence': ' '"),
-    ("sst2", "train.tsv", HEAD + b"caf\xe9\t1\n", "train.tsv row 2: 'utf-8' codec"),
+    ("sst2", "train.tsv", HEAD + b"fine\t1\n \t1\n", "train.tsv row 2: {'sentence': ' '"),
+    ("sst2", "train.tsv", HEAD + b"caf\xe9\t1\n", "train.tsv row 1: 'utf-8' codec"),
     ("yelp", "train.csv", b'"1","a"\n"3","b"\n', "train.csv row 2: label '3'; expected 1"),
     ("yelp", "train.csv", b'"1","a"\n"2","never closed\n', "train.csv row 2: unexpected end"),
     ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ.replace(b'"4"', b'"4", "5"'), "expected a list of 4"),
@@ -998,7 +991,7 @@ def test_the_base_never_changes_and_each_method_trains_what_it_says(micro, monke
         return loaded[-1]
     monkeypatch.setattr(evaluate, "load_base", spy)
     rows = train("run", "--method", "spul", "ga", "rl", "ga+kl", "ga+gd", "--alpha", "0.3")
-    base, fresh = loaded[1], load_base("lm", unlearn.parse([*MICRO]), Path("run/adapter"))
+    base, fresh = loaded[1], evaluate.load_run("run").model
     assert all(torch.equal(w, fresh.state_dict()[name]) for name, w in base.state_dict().items())
     n_weights = sum(w.numel() for w in fresh.parameters())
     n_encoder = sum(w.numel() for w in soft_prompt.PromptEncoder(4, 32, 16).parameters())
@@ -1065,11 +1058,9 @@ BAD_FLAGS = [
     (["--method", "npo"], "--method: invalid choice: 'npo' (choose from"),
     (["--model", "nowhere"], "nowhere: no tokenizer"),
     (["--dataset", "sst2", "--data-dir", "nowhere"], "nowhere: no train file"),
-    (["--method", "ga", "--explain"], "--explain shows spul"),
-    (["--lr", "0"], "argument --lr"), (["--p", "0"], "argument --p"),
-    (["--forget-fraction", "2"], "argument --forget-fraction"),
-    (["--alpha", "nan"], "argument --alpha"), (["--beta", "-1"], "argument --beta"),
-    (["--lora-dropout", "1"], "argument --lora-dropout"), (["--seed", "one"], "argument --seed"),
+    *[([flag, value], f"argument {flag}") for flag, value in [
+        ("--lr", "0"), ("--p", "0"), ("--alpha", "nan"), ("--beta", "-1"), ("--seed", "one"),
+        ("--forget-fraction", "2"), ("--lora-dropout", "1")]],
     (["--forgot", "dunn"], "unrecognized arguments"),
     (["--forget-per-batch", "16"], "--forget-per-batch 16; expected less than --batch, 16"),
     (["--max-len", "3"], "--max-len 3 leaves no room"),
@@ -1096,21 +1087,6 @@ def cut(path):
     """Lose the end of a file, as an interrupted copy does."""
     path.write_bytes(path.read_bytes()[:-64])
 
-def pickled(value):
-    """Return a function that puts a .bin file with this value in place of the .safetensors."""
-    def spoil(path):
-        path.unlink()
-        name = "pytorch_model.bin" if path.stem == "model" else "adapter_model.bin"
-        torch.save(value, path.with_name(name))
-    return spoil
-
-def lose_a_shard(path):
-    """Split a .safetensors file into two shards and remove one."""
-    state = load_file(path)
-    del state["model.norm.weight"]
-    save_file(state, path.with_name("model-00001-of-00002.safetensors"))
-    path.unlink()
-
 def tensors(**changes):
     """Return a function that changes tensors of a .safetensors file; None removes one."""
     def spoil(path):
@@ -1123,7 +1099,7 @@ COMMANDS = {
     "tokenize": lambda: data.load_tokenizer("lm"),
     "bpe": lambda: data.load_tokenizer("bpe"),
     "adapt": lambda: lora.load_adapter(model.load_model("lm", "fp32"), "run/adapter"),
-    "prompt": lambda: soft_prompt.load_prompt("run/prompt", 32),
+    "prompt": lambda: soft_prompt.load_prompt("run/prompt"),
     "table": lambda: evaluate.main(["run"]),
     "ask": lambda: evaluate.main(["run", "--ask", "a dull comedy"]),
     "audit": lambda: evaluate.main(["run", "--audit"]),
@@ -1132,17 +1108,12 @@ COMMANDS = {
 LM, ADAPTER, PHI = [f"{name}.safetensors" for name in (
     "lm/model", "run/adapter/adapter_model", "run/prompt/adapter_model")]
 SPOILT = [  # command, file, new content (a dict: changed keys), part of the message
-    ("load", LM, None, "none of ['model.safetensors', 'model-*.safetensors', 'pytorch_model.bin'"),
-    ("load", LM, "", "model.safetensors: not"), ("load", LM, cut, "model.safetensors: not"),
+    ("load", LM, None, "lm: no model.safetensors or .bin"),
+    ("load", LM, cut, "model.safetensors: not"),
     ("load", LM, tensors(lm_head_dot_weight=None), "tensor lm_head.weight is missing"),
     ("load", LM, tensors(score_dot_weight=torch.zeros(2)), "tensor score.weight is (2,)"),
     ("load", LM, tensors(lm_head_dot_weight=torch.zeros(9, 32)), "lm_head.weight is (9, 32)"),
-    ("load", LM, pickled({"a": 1}), "pytorch_model.bin"),
-    ("load", LM, tensors(norm_dot_weight=torch.ones(32)), "two tensors for norm.weight"),
-    ("load", LM, lose_a_shard, "tensor norm.weight is missing"),
     ("load", "lm/config.json", None, "No such file"),
-    ("load", "lm/config.json", "", "config.json: not readable as JSON"),
-    ("load", "lm/config.json", "[]", "no 'model_type' in it"),
     ("load", "lm/config.json", "{}", "no 'model_type' in it"),
     ("load", "lm/config.json", {"num_hidden_layers": 3}, "tensor layers.2.input_layernorm.weight"),
     ("load", "lm/config.json", {"num_key_value_heads": 3}, "(32, 32); expected (48, 32)"),
@@ -1155,18 +1126,14 @@ SPOILT = [  # command, file, new content (a dict: changed keys), part of the mes
      "tensor layers.0.mlp.up_proj.bias is (80,); expected no such tensor"),
     ("tokenize", "lm/tokenizer.model", cut, "not a sentencepiece model"),
     ("bpe", "bpe/vocab.json", "{", "vocab.json: not readable as JSON"),
-    ("adapt", ADAPTER, None, "none of ['adapter_model.safetensors', 'adapter_model.bin']"),
+    ("adapt", ADAPTER, None, "run/adapter: no adapter_model.safetensors or .bin"),
     ("adapt", ADAPTER, cut, "adapter_model.safetensors: not"),
     *[("adapt", "run/adapter/adapter_config.json", {key: value}, key) for key, value in [
-        ("use_rslora", True), ("alpha_pattern", {"q_proj": 2}), ("peft_type", "LOHA")]],
+        ("use_rslora", True), ("alpha_pattern", {"q_proj": 2})]],
     ("adapt", ADAPTER, tensors(score=torch.zeros(2)), "tensor score is (2,); expected no such"),
-    ("adapt", "run/adapter/adapter_config.json", "{}", "no 'peft_type' in it"),
-    ("adapt", "run/adapter/adapter_config.json", '{"peft_type": "LORA"}', "no 'r' in it"),
+    ("adapt", "run/adapter/adapter_config.json", "{}", "no 'r' in it"),
     ("adapt", "run/adapter/adapter_config.json", {"r": 5}, "expected (5, "),
-    ("prompt", "run/prompt/adapter_config.json", {"peft_type": "LORA"}, "peft_type 'LORA'"),
-    ("prompt", "run/prompt/adapter_config.json", {"num_virtual_tokens": 5}, "expected (5, 32)"),
-    ("prompt", PHI, tensors(prompt_embeddings=torch.zeros(4)), "is (4,); expected (4, 32)"),
-    ("table", "run/results.json", None, "No such file"),
+    ("prompt", PHI, tensors(prompt_embeddings=None), "prompt: no adapter_model.safetensors"),
     ("table", "run/results.json", '{"rows": [', "results.json: not readable as JSON"),
     ("table", "run/results.json", '{"rows": [{"cell": 1}]}', "results.json: a row without"),
     ("ask", "run/results.json", {"rows": []}, "no finished spul row"),
@@ -1287,8 +1254,7 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
     lines = {line[0]: line for line in table_cells(capsys.readouterr().out)}
     for name in ("base", "retrain", "spul", "spul on retrain", "spul, asked for a label",
                  "spul, names misspelt", "spul, unquantised weights", "spul, 8-bit weights",
-                 "random phi", "another seed's phi", "ga-full-s0-f1-lr0.0001", "spul, tuned on 1",
-                 "spul, tuned on 16"):
+                 "random phi", "another seed's phi", "spul, tuned on 1", "spul, tuned on 16"):
         assert len(lines[name]) > 4 and re.search("[a-z]{4}", lines[name][-1]), name
     kept = json.loads(Path("run/audit.json").read_text())
     assert kept.keys() == {"0", "1"}
@@ -1298,13 +1264,14 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
                 if (row["method"], row["base"], row["seed"]) == (method, base, 0)]
         assert kept["0"][name]["right"] == pytest.approx(row["test_forget"]["acc"], abs=0.01)
 
-def test_fig_2_and_the_lens_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, capsys):
+def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, capsys):
     need("matplotlib")
     train("run", "--p", "3", "4")
-    evaluate.main(["run", "--plot", "fig2.png", "--against", "p"])
-    evaluate.main(["run", "--lens", "lens.png", "--phi", "prompt"])
-    for name in ("fig2.png", "lens.png"):
-        assert_png(micro / name)
+    for flag in ("--tsne", "--plot", "--lens"):
+        evaluate.main(["run", flag, "figure.png", "--phi", "prompt"])
+        figure = Path("figure.png").read_bytes()
+        assert figure[:8] == b"\x89PNG\r\n\x1a\n" and len(figure) > 10_000
+        Path("figure.png").unlink()
     train("run", "--alpha", "0.5")
     assert data.run_cli(lambda: evaluate.main(["run", "--plot", "fig2.png"])) == 2
     assert "alpha" in capsys.readouterr().err

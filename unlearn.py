@@ -7,7 +7,6 @@ For each seed the base model first learns the data (QLoRA); then each method, st
 base model, unlearns the forget set. The loss of Eq. (5) is in soft_prompt.py.
 """
 import copy
-import io
 import itertools
 import math
 import os
@@ -25,7 +24,7 @@ import data
 import evaluate
 from baselines import ga_gd_loss, ga_kl_loss, ga_loss, rl_loss
 from evaluate import is_rank_zero, my_share
-from lora import add_lora, load_adapter, merge_lora, save_adapter
+from lora import add_lora, merge_lora, save_adapter
 from model import (Config, InputError, atomic_write, build, check_device, fast_bf16, read_json,
                    save_model, tie_head, write_json)
 from soft_prompt import PromptEncoder, cross_entropy, prompt_kv, save_prompt, spul_loss
@@ -56,8 +55,7 @@ METHODS = {
 
 def qlora_loss(logits, base_logprobs, y, is_forget, alpha, beta):
     """Cross-entropy of every example towards its true answer: how the base model learns."""
-    every = torch.ones_like(is_forget)  # all True
-    L_ce = cross_entropy(logits, y, every)
+    L_ce = cross_entropy(logits, y, ~is_forget)  # `choose_prompts` has marked none as forget
     return L_ce, {"L_ce": L_ce}
 
 
@@ -66,13 +64,13 @@ QLORA = Method(qlora_loss, "true", "adapter")
 
 # ---- the training loop -------------------------------------------------------------------------
 
-def train(cell, method, model, encoder, prompts, answers, base, args, run):
+def train(cell, method, model, encoder, prompts, base, args, run):
     """Train phi's encoder, the adapter or all weights: the one loop of QLoRA, SPUL and baselines.
 
     cell: the settings of this training, a dict that becomes its row of results.json. encoder:
-    PromptEncoder, or None to train the model's own trainable parameters. answers: target token of
-    each prompt. base: the base model's lm_head and states (n,D), or None. run: the Run that logs
-    and from which an interrupted training resumes. Returns the row's time and size figures.
+    PromptEncoder, or None to train the model's own trainable parameters. prompts: with y as their
+    label. base: the base model's lm_head and states (n,D), or None. run: the Run that logs and
+    from which an interrupted training resumes. Returns the row's time and size figures.
     """
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cell["lr"], betas=(0.9, cell["settings"]["beta2"]),
@@ -81,13 +79,13 @@ def train(cell, method, model, encoder, prompts, answers, base, args, run):
     first_epoch, seconds = load_checkpoint(run, cell, params, optimizer)
     for epoch in range(first_epoch, epochs):
         torch.manual_seed(derive_seed(cell, epoch))
-        batches = make_batches(prompts, cell, method, epoch, args)
+        batches = make_batches(prompts, cell, epoch, args)
         for i, step_index in enumerate(batches):
             start = time.perf_counter()
             step, steps = epoch * len(batches) + i, epochs * len(batches)
             set_learning_rate(optimizer, step, steps, cell["lr"], 0.1 if encoder else 0.05)
             for index in split_step(step_index, args.batch):
-                batch = share_of_process(data.collate(prompts, answers, index, args.device))
+                batch = share_of_process(data.collate(prompts, index, args.device))
                 base_logprobs = gather_base_logprobs(base, batch.index)             # (B,V)
                 prefix = prompt_kv(model, encoder()) if encoder else None
                 with autocast(model, args):
@@ -114,16 +112,15 @@ def set_learning_rate(optimizer, step, steps, peak, warmup):
     if step < warmup:
         factor = (step + 1) / warmup
     else:
-        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
     optimizer.param_groups[0]["lr"] = peak * factor
 
 
-def make_batches(prompts, cell, method, epoch, args):
+def make_batches(prompts, cell, epoch, args):
     """Return the prompt indices of each step of an epoch, batch * accumulate of them per step."""
-    forget_per_batch = cell["settings"]["forget_per_batch"] if method.sees_retain else 0
     rng = data.generator(cell["seed"], f"{cell['method']}/batches/{epoch}")
-    return data.epoch_batches(prompts, args.batch * args.accumulate, rng,
-                              forget_per_batch * args.accumulate)
+    n_forget = cell["settings"]["forget_per_batch"] * args.accumulate
+    return data.epoch_batches(prompts, args.batch * args.accumulate, rng, n_forget)
 
 
 def split_step(step_index, batch):
@@ -161,39 +158,35 @@ def gather_base_logprobs(base, index):
 
 def autocast(model, args):
     """Compute in bf16 where --dtype bf16 meets float32 weights, such as those of the baselines."""
-    is_fp32 = model.lm_head.weight.dtype == torch.float32
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16,
-                          enabled=args.dtype == "bf16" and is_fp32)
+    weight = model.lm_head.weight
+    is_needed = args.dtype == "bf16" and weight.dtype == torch.float32
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=is_needed)
 
 
 def clip_gradient(params, clip, loss, run, cell):
     """Clip the gradient's norm. InputError when the loss or the norm is not finite."""
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, clip))
-    if not (loss.isfinite() and norm.isfinite()):
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, clip))  # of all processes
+    if not norm.isfinite():
         raise InputError(f"{cell['cell']}: loss {loss.item():g}, gradient norm {norm.item():g}; "
                          f"lower the learning rate (the last finished epoch is in {run.dir})")
 
 
 # ---- one cell: the base model, or one method with one setting ----------------------------------
 
-def run_cell(point, method, setup, args, run):
+def run_cell(point, setup, args, run):
     """Train one cell from setup.model, save and evaluate it. Returns its row, finished or new.
 
-    point: the cell's method name, lr, alpha, beta, p and forget_fraction.
+    point: the cell's method name, lr, and those of alpha, beta, p and forget_fraction it uses.
     """
-    cell = make_cell(setup, args, method, **point)
+    cell, method = make_cell(setup, args, **point), METHODS.get(point["name"], QLORA)
     row = run.find(cell)
     if row:
         return row
     torch.manual_seed(derive_seed(cell, "initial values"))
-    seen, every = choose_seen(method, setup, cell), train_prompts(setup)
-    prompts = [every[i] for i in seen]
-    if method is QLORA:  # for batches and means, all examples are alike
-        prompts = [prompt._replace(is_forget=False) for prompt in prompts]
-    answers = choose_answers(method, setup, seen)
-    base = gather_base(setup, seen, args) if method.needs_base else None
+    prompts = choose_prompts(method, setup, cell)
+    base = gather_base(setup, method) if method.needs_base else None
     model, encoder = make_trainable(method, setup, prompts, cell, args)
-    cell |= train(cell, method, model, encoder, prompts, answers, base, args, run)
+    cell |= train(cell, method, model, encoder, prompts, base, args, run)
     model = unshard(model).requires_grad_(False).eval()
     with torch.no_grad():
         phi = encoder() if encoder else None
@@ -205,7 +198,7 @@ def run_cell(point, method, setup, args, run):
     if method is QLORA and args.dense:
         merge_lora(model)
     with autocast(model, args):
-        states = evaluate.split_states(model, setup.prompts, prefix, args.device)
+        states = evaluate.split_states(model, setup.prompts, prefix)
     row = run.finish(cell, evaluate.scores(model, states, setup.prompts))
     if method is QLORA:
         setup.states = states  # L_KL needs them
@@ -215,41 +208,33 @@ def run_cell(point, method, setup, args, run):
     return row
 
 
-def train_prompts(setup):
-    """Return the retain prompts, then the forget prompts, of the train set."""
-    return setup.prompts["train_retain"] + setup.prompts["train_forget"]
+def choose_prompts(method, setup, cell):
+    """Return the prompts that training sees, `forget_fraction` of D_f, with y as their label.
 
-
-def choose_seen(method, setup, cell):
-    """Return the indices of the train prompts that training sees: `forget_fraction` of D_f."""
-    n_retain = len(setup.prompts["train_retain"])
-    n_forget = len(setup.prompts["train_forget"])
-    n_seen = max(1, round((cell["forget_fraction"] or 1.0) * n_forget))  # in random order
-    if method is QLORA and setup.base == "retain":
-        n_seen = 0
-    retain = list(range(n_retain)) if method.sees_retain else []
-    return retain + list(range(n_retain, n_retain + n_seen))
-
-
-def choose_answers(method, setup, seen):
-    """Return y of each seen prompt: the true token, or a random generic one on the forget set."""
+    y is the true token, or a random generic one on the forget set, drawn in the order of D_f.
+    """
     if method.forget_answer not in ("generic", "true"):
         raise ValueError(f"forget_answer {method.forget_answer!r}; expected 'generic' or 'true'")
+    forget = setup.prompts["train_forget"]  # in random order
+    n_seen = max(1, round((cell["forget_fraction"] or 1.0) * len(forget)))
+    if method is QLORA and setup.base == "retain":
+        n_seen = 0
     rng = data.generator(setup.seed, "generic answers")  # released code: unseeded
     generic = [setup.tokens[label] for label in setup.task.generic]
-    answers = []  # of all prompts, so that an answer does not depend on --forget-fraction
-    for prompt in train_prompts(setup):
-        is_generic = prompt.is_forget and method.forget_answer == "generic"
-        answers.append(rng.choice(generic) if is_generic else prompt.label)
-    return [answers[i] for i in seen]
+    prompts = list(setup.prompts["train_retain"]) if method.sees_retain else []
+    for prompt in forget[:n_seen]:
+        y = rng.choice(generic) if method.forget_answer == "generic" else prompt.label
+        # for QLoRA's batches and means, all examples are alike
+        prompts.append(prompt._replace(label=y, is_forget=method is not QLORA))
+    return prompts
 
 
-def gather_base(setup, seen, args):
-    """Return the base's lm_head and its states (n,D) at the answers of the seen prompts."""
+def gather_base(setup, method):
+    """Return the base's lm_head and its states (n,D) at the answers, in `choose_prompts`' order."""
     if setup.states is None:
-        setup.states = evaluate.split_states(setup.model, setup.prompts, None, args.device)
-    states = torch.cat([setup.states["train_retain"], setup.states["train_forget"]])
-    return setup.model.lm_head, states[seen]
+        setup.states = evaluate.split_states(setup.model, setup.prompts)
+    retain, forget = setup.states["train_retain"], setup.states["train_forget"]
+    return setup.model.lm_head, torch.cat([retain, forget]) if method.sees_retain else forget
 
 
 def make_trainable(method, setup, prompts, cell, args):
@@ -271,10 +256,7 @@ def make_trainable(method, setup, prompts, cell, args):
     if args.tune == "full":
         tuned = merge_lora(copy.deepcopy(model), torch.float32)
         return shard(tuned.requires_grad_(True)), None
-    tuned = evaluate.load_base(setup.lm, args, setup.run / setup.adapter, merge=False)
-    for name, w in tuned.named_parameters():
-        w.requires_grad_("lora_" in name)
-    return tuned, None
+    return evaluate.load_base(setup, setup.adapter, trainable=True), None
 
 
 def initial_phi(model, prompts, p):
@@ -304,15 +286,14 @@ def save_result(model, phi, kind, dir, lm):
 
 def prepare(seed, base, args, run):
     """Return the Setup of one seed: its data and its base model, trained or from a finished run."""
-    lm = args.model or pretrain_toy(args)
-    setup = evaluate.load_data(args, seed, lm)
-    setup.base, setup.run, setup.model = base, run.dir, evaluate.load_base(lm, args)
-    vanilla = make_cell(setup, args, None, "vanilla")
+    setup = evaluate.load_data(args, seed, args.model or pretrain_toy(args))
+    setup.base, setup.run, setup.model = base, run.dir, evaluate.load_base(setup)
+    vanilla = make_cell(setup, args, "vanilla")
     if not run.find(vanilla):
-        states = evaluate.split_states(setup.model, setup.prompts, None, args.device)
+        states = evaluate.split_states(setup.model, setup.prompts)
         run.finish(vanilla, evaluate.scores(setup.model, states, setup.prompts))
-    row = run_cell({"name": "qlora", "lr": args.qlora_lr}, QLORA, setup, args, run)
-    setup.adapter, setup.model = row["files"], evaluate.load_base(lm, args, run.dir / row["files"])
+    row = run_cell({"name": "qlora", "lr": args.qlora_lr}, setup, args, run)
+    setup.adapter, setup.model = row["files"], evaluate.load_base(setup, row["files"])
     return setup
 
 
@@ -320,15 +301,13 @@ def grid(args):
     """Return every combination of the list-valued flags that matters to each method, as dicts."""
     points = []
     for name in args.method:
-        method = METHODS[name]
-        is_prompt = method.trains == "prompt"
-        rates = args.lr if is_prompt else args.baseline_lr
-        lengths = args.p if is_prompt else [None]
-        alphas = args.alpha if "alpha" in method.flags else [None]
-        betas = args.beta if "beta" in method.flags else [None]
-        for values in itertools.product(args.forget_fraction, rates, alphas, betas, lengths):
-            keys = ("forget_fraction", "lr", "alpha", "beta", "p")
-            points.append({"name": name} | dict(zip(keys, values)))
+        lists = {"forget_fraction": args.forget_fraction, "lr": args.baseline_lr}
+        for flag in METHODS[name].flags:
+            lists[flag] = getattr(args, flag)
+        if METHODS[name].trains == "prompt":
+            lists |= {"lr": args.lr, "p": args.p}
+        for values in itertools.product(*lists.values()):
+            points.append({"name": name} | dict(zip(lists, values)))
     return points
 
 
@@ -340,18 +319,15 @@ def main(argv=None):
     for seed, base in itertools.product(args.seed, args.base):
         setup = prepare(seed, base, args, run)
         for point in grid(args):
-            run_cell(point, METHODS[point["name"]], setup, args, run)
+            run_cell(point, setup, args, run)
     seconds = time.perf_counter() - start
     print(f"\n{evaluate.table(run.rows)}\n\n{run.results}, after {seconds:.0f} s")
-    if args.explain and is_rank_zero():
-        evaluate.explain(run.dir)
     stop_processes()
 
 
 # ---- support: the embedded toy LM --------------------------------------------------------------
 
-TOY_LM = {"vocab_size": 1000, "D": 128, "layers": 4, "heads": 4, "steps": 450, "batch": 32,
-          "lr": 2e-3, "lists": 0.35, "text_weight": 0.1}
+TOY_LM = {"vocab_size": 1000, "D": 128, "steps": 450, "lr": 2e-3}
 
 
 def pretrain_toy(args):
@@ -371,12 +347,12 @@ def pretrain_toy(args):
     model = build_toy(tokenizer.size).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.001)
     steps, start = TOY_LM["steps"], time.perf_counter()
-    batches = data.pretraining_batches(tokenizer, TOY_LM)
+    batches = data.pretraining_batches(tokenizer)
     for step in range(steps):
-        tokens, weights = next(batches)                                     # (B,T), (B,T)
-        target, weights = tokens[:, 1:].to(args.device), weights[:, 1:].to(args.device)
+        tokens, weights = [part.to(args.device) for part in next(batches)]  # (B,T), (B,T)
+        target, weights = tokens[:, 1:], weights[:, 1:]                     # (B,T-1), (B,T-1)
         counts = weights > 0
-        state, _ = model.hidden(tokens[:, :-1].to(args.device))             # (B,T-1,D)
+        state, _ = model.hidden(tokens[:, :-1])                             # (B,T-1,D)
         losses = F.cross_entropy(model.lm_head(state[counts]), target[counts], reduction="none")
         loss = (losses * weights[counts]).sum() / weights.sum()
         loss.backward()
@@ -394,20 +370,19 @@ def pretrain_toy(args):
 
 def train_tokenizer(path):
     """Write a sentencepiece model of whole words for the toy's reviews."""
-    buffer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(data.tokenizer_sentences()), model_writer=buffer,
-        model_type="word", vocab_size=TOY_LM["vocab_size"], hard_vocab_limit=False,
-        use_all_vocab=True, minloglevel=2, num_threads=1)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(data.tokenizer_sentences()), model_writer=file,
+            model_type="word", vocab_size=TOY_LM["vocab_size"], hard_vocab_limit=False,
+            use_all_vocab=True, minloglevel=2, num_threads=1)
 
 
 def build_toy(vocab_size):
     """Return the toy LM, a small LLaMA with random weights."""
-    D, heads = TOY_LM["D"], TOY_LM["heads"]
-    model = build(Config("llama", vocab_size, D, int(D * 2.75) // 16 * 16, TOY_LM["layers"], heads,
-                         heads, D // heads, max_position_embeddings=1024, rms_norm_eps=1e-5))
+    D = TOY_LM["D"]
+    model = build(Config("llama", vocab_size, D, intermediate_size=352, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+                         max_position_embeddings=1024, rms_norm_eps=1e-5))
     torch.manual_seed(1)
     for name, w in model.named_parameters():
         if w.dim() > 1:  # large embeddings: words that pretraining never asks for stay in reach
@@ -424,24 +399,24 @@ BASE_SETTINGS = ("model dataset weights dtype dense max_len max_train max_test l
 PROMPT_SETTINGS = "epochs beta2 forget_per_batch hidden init".split()
 
 
-def make_cell(setup, args, method, name, **point):
+def make_cell(setup, args, name, **point):
     """Return a row of results.json without its results: a name and all of its settings."""
     settings = {key: getattr(args, key) for key in BASE_SETTINGS}
     settings |= {"epochs": args.qlora_epochs, "beta2": 0.999, "forget_per_batch": 0}
-    base = setup.base if method else None
+    base = None if name == "vanilla" else setup.base
     cell = f"{name}-{base}-s{setup.seed}" if base else f"{name}-s{setup.seed}"
-    point = {"forget_fraction": None, "lr": None, "alpha": None, "beta": None, "p": None} | point
     if name in METHODS:
-        if method.trains == "prompt":
+        if METHODS[name].trains == "prompt":
             settings |= {key: getattr(args, key) for key in PROMPT_SETTINGS}
         else:
             settings |= {"epochs": args.baseline_epochs, "tune": args.tune,
                          "forget_per_batch": args.forget_per_batch}
-        marks = {"f": "forget_fraction", "lr": "lr", "a": "alpha", "b": "beta", "p": "p"}
-        for mark, key in marks.items():
-            cell += f"-{mark}{point[key]:g}" if point[key] is not None else ""
+        for key, value in point.items():
+            mark = "lr" if key == "lr" else key[0]
+            cell += f"-{mark}{value:g}"
     return {"cell": cell, "method": name, "base": base, "model": args.model or "toy",
-            "lm": setup.lm, "dataset": args.dataset, "seed": setup.seed, **point, "files": None,
+            "lm": setup.lm, "dataset": args.dataset, "seed": setup.seed, "forget_fraction": None,
+            "lr": None, "alpha": None, "beta": None, "p": None, **point, "files": None,
             "adapter": setup.adapter, "trainable_params": 0, "epochs": 0,
             "seconds_per_epoch": 0.0, "settings": settings}
 
@@ -458,7 +433,7 @@ class Run:
 
     def find(self, cell):
         """Return the finished row with the name and all settings of this cell, or None."""
-        return evaluate.find_row(self.rows, cell=cell["cell"], settings=cell["settings"])
+        return evaluate.find_row(self.rows, cell["cell"], cell["settings"])
 
     def finish(self, cell, scores):
         """Add a row to results.json and print it. Returns the row."""
@@ -484,12 +459,13 @@ class Run:
         if not is_rank_zero():
             return
         terms = {name: f"{part.item():.4f}" for name, part in parts.items()}
-        columns = [cell["cell"], epoch + 1, step + 1, f"{loss.item():.6g}", terms.get("L_f", ""),
-                   terms.get("L_r", ""), terms.get("L_kl", ""), f"{seconds:.3f}"]
+        line = f"{cell['cell']},{epoch + 1},{step + 1},{loss.item():.6g}"
+        for name in ("L_f", "L_r", "L_kl"):
+            line += f",{terms.get(name, '')}"
         path = self.dir / "log.csv"
         header = "" if path.is_file() else "stage,epoch,step,loss,L_f,L_r,L_kl,seconds\n"
         with open(path, "a", encoding="utf-8") as f:
-            f.write(header + ",".join(str(column) for column in columns) + "\n")
+            f.write(f"{header}{line},{seconds:.3f}\n")
         if (step + 1) % 50 == 0 or step + 1 == steps:
             minutes = seconds * (steps - step - 1) / 60
             shown = "  ".join(f"{name} {value}" for name, value in terms.items())
@@ -555,18 +531,18 @@ base model (QLoRA)
 --lora-dropout      0..<1    0.1  0    0.1  LoRA's dropout
 --targets*          text     q_proj,v_proj  all  all  linear layers that LoRA adapts, or all
 --qlora-lr          float>0  1e-4  5e-4  1e-4  learning rate
---qlora-epochs      count    10   2    1    epochs (paper: sst2 10, yelp 2, wmdp+sciq 5)
+--qlora-epochs      count    -    2    1    epochs (paper: sst2 10, yelp 2, wmdp+sciq 5)
 unlearning (flags with several values make a grid)
 --method*           method   spul  how to unlearn
 --alpha*            float>=0  1    weight of L_r, Eq. (5)
---beta*             float>=0  0.5  1    1    weight of L_KL, Eq. (5)
+--beta*             float>=0  0.5  0.5  1    weight of L_KL, Eq. (5)
 --p*                count    30   30   20   tokens of the soft prompt
 --lr*               float>0  1e-4  2e-3  1e-3  learning rate of phi
 --epochs            count    10   4    1    epochs of phi
---baseline-lr*      float>0  1e-5  3e-5  1e-4  learning rate of the baselines
+--baseline-lr*      float>0  1e-5  1e-5  1e-4  learning rate of the baselines
 --baseline-epochs   count    1    epochs of the baselines
 --forget-fraction*  0<..1    1    part of the forget set that unlearning sees, Table 4
---forget-per-batch  int>=0   0    8    8    forget examples per batch; 0: as they come (paper)
+--forget-per-batch  int>=0   -    forget examples per batch; 0 as they come (paper), else 8
 --init              mlp|forget  mlp  forget  forget  where phi starts: encoder or forget tokens
 --hidden            count    128  width of phi's encoder
 --beta2             0..<1    0.999  0.95  0.95  AdamW's beta2 for phi
@@ -574,36 +550,34 @@ unlearning (flags with several values make a grid)
 running
 --preset            paper|small|toy  -  default settings (default: toy, with --model paper)
 --seed*             int      0    split, forget set, order and initial values
---batch             count    32   32   16   examples per batch
+--batch             count    32   16   16   examples per batch
 --accumulate        count    1    batches per step
 --clip              float>0  0.3  largest norm of the gradient
 --out               text     -    run directory (default: runs/MODEL-DATASET)
 --cache             text     runs  where the toy LM is kept
 --threads           count    -    CPU threads
---explain           switch   -    at the end, show SPUL on two examples
 """
 PAPER_QLORA_EPOCHS = {"sst2": 10, "yelp": 2, "wmdp+sciq": 5}
 
 
 def parse(argv=None):
     """Return the flags, with the preset's values filled in. InputError for impossible ones."""
-    args = data.parse_flags("Soft prompting for unlearning in language models.", FLAGS, argv,
-                            {"dataset": data.DATASETS, "method": METHODS})
-    args.preset = args.preset or ("paper" if args.model else "toy")
-    if args.preset == "paper" and args.qlora_epochs is None:
-        args.qlora_epochs = PAPER_QLORA_EPOCHS.get(args.dataset)
-    is_default = args.forget_per_batch is None
-    data.fill_defaults(args, FLAGS, PRESETS.index(args.preset))
-    if is_default:
-        args.forget_per_batch = min(args.forget_per_batch, args.batch // 2)
+    title = "Soft prompting for unlearning in language models."
+    choices = {"dataset": data.DATASETS, "method": METHODS}
+    args = data.parse_flags(title, FLAGS, argv, choices)
+    preset = args.preset or ("paper" if args.model else "toy")
+    args = data.parse_flags(title, FLAGS, argv, choices, PRESETS.index(preset))
+    args.preset = preset
+    if args.qlora_epochs is None:
+        args.qlora_epochs = PAPER_QLORA_EPOCHS.get(args.dataset, 10)
+    if args.forget_per_batch is None:
+        args.forget_per_batch = 0 if preset == "paper" else min(8, args.batch // 2)
     if args.dataset != "toy" and not args.model:
         raise InputError(f"--dataset {args.dataset} needs --model DIR; a small one: hf download "
                          "HuggingFaceTB/SmolLM2-135M-Instruct --local-dir DIR")
     if args.forget_per_batch >= args.batch:
         raise InputError(f"--forget-per-batch {args.forget_per_batch}; expected less than --batch, "
                          f"{args.batch}")
-    if args.explain and "spul" not in args.method:
-        raise InputError(f"--explain shows spul; add it to --method {' '.join(args.method)}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(args.device)
     if args.threads:
@@ -613,7 +587,7 @@ def parse(argv=None):
     if args.dense is None:
         args.dense = args.device == "cpu" and evaluate.fits_dense(args.model)
     name = f"{Path(args.model).resolve().name}-{args.dataset}" if args.model else "toy"
-    args.out = args.out or str(Path("runs") / name)
+    args.out = args.out or f"runs/{name}"
     return args
 
 
