@@ -62,15 +62,6 @@ TASKS = {"toy": SENTIMENT, "sst2": SENTIMENT, "yelp": SENTIMENT, "wmdp+sciq": CH
          "splits": SENTIMENT}
 
 
-def task_from_args(args):
-    """Return the dataset's task, changed by --labels, --generic and --template where given."""
-    task = TASKS[args.dataset]
-    template = args.template or task.template
-    if not re.fullmatch(r"([^{}]|{{|}})*{text}([^{}]|{{|}})*{label}", template):
-        raise InputError(f"--template {template!r}; expected one {{text}} and a final {{label}}")
-    return Task(template, tuple(args.labels or task.labels), tuple(args.generic or task.generic))
-
-
 def prompt_string(task, text):
     """Return the template with the text, up to the answer."""
     return task.template.removesuffix("{label}").format(text=text).rstrip(" ")
@@ -105,21 +96,6 @@ def encode_prompt(tokenizer, task, text, max_len):
             raise InputError(f"--max-len {max_len} leaves no room for a text; raise it")
         ids = tokenizer.encode(prompt_string(task, text))
     return ids
-
-
-def encode_splits(tokenizer, task, tokens, splits, max_len):
-    """Return {split: [Prompt]} of {split: [Example]}; tokens: see `label_tokens`."""
-    prompts = {}
-    for split in SPLITS:
-        prompts[split] = []
-        for text, label, group in splits[split]:
-            if label not in task.labels:
-                raise InputError(f"label {label!r} in {split}; expected {', '.join(task.labels)}: "
-                                 "correct the data or give --labels")
-            ids = encode_prompt(tokenizer, task, text, max_len)
-            is_forget = split.endswith("forget")
-            prompts[split].append(Prompt(ids, tokens[label], is_forget, group, text))
-    return prompts
 
 
 class Batch(NamedTuple):
@@ -278,6 +254,31 @@ class ByteLevelBPE:
 
 
 # ---- support: datasets -------------------------------------------------------------------------
+
+def task_from_args(args):
+    """Return the dataset's task, changed by --labels, --generic and --template where given."""
+    task = TASKS[args.dataset]
+    template = args.template or task.template
+    if not re.fullmatch(r"([^{}]|{{|}})*{text}([^{}]|{{|}})*{label}", template):
+        raise InputError(f"--template {template!r}; expected one {{text}} and a final {{label}}")
+    return Task(template, tuple(args.labels or task.labels), tuple(args.generic or task.generic))
+
+
+def encode_splits(tokenizer, task, tokens, splits, max_len):
+    """Return {split: [Prompt]} of {split: [Example]}; tokens: see `label_tokens`."""
+    prompts = {}
+    for split in SPLITS:
+        prompts[split] = []
+        for text, label, group in splits[split]:
+            if label not in task.labels:
+                raise InputError(f"label {label!r} in {split}; expected {', '.join(task.labels)}: "
+                                 "correct the data or give --labels")
+            ids = encode_prompt(tokenizer, task, text, max_len)
+            is_forget = split.endswith("forget")
+            prompts[split].append(Prompt(ids, tokens[label], is_forget, group, text))
+    return prompts
+
+
 
 def load_splits(name, data_dir, seed=0, max_train=None, max_test=None):
     """Return {split: [Example]} of a dataset, with the counts of the paper's Table 1.

@@ -84,18 +84,6 @@ def scores(model, states, prompts):
     return result
 
 
-def print_worst_groups(pred, prompts):
-    """Print the three named people or clusters that are still answered most, if there are any."""
-    right = defaultdict(list)
-    for token, prompt in zip(pred, prompts):
-        if prompt.group:
-            right[prompt.group].append(token == prompt.label)
-    worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:3]
-    parts = [f"{group} {100 * mean(right[group]):.1f} % of {len(right[group])}" for group in worst]
-    if parts:
-        print(f"still answered: {', '.join(parts)}")
-
-
 # ---- support: tables ---------------------------------------------------------------------------
 
 # The paper's Tables 2 and 5, and SPUL's cells of Tables 3 and 4: ACC and F1 on the four splits.
@@ -323,6 +311,19 @@ def plot_lens(setup, path):
 
 
 # ---- support: single examples ------------------------------------------------------------------
+
+def print_worst_groups(pred, prompts):
+    """Print the three named people or clusters that are still answered most, if there are any."""
+    right = defaultdict(list)
+    for token, prompt in zip(pred, prompts):
+        if prompt.group:
+            right[prompt.group].append(token == prompt.label)
+    worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:3]
+    parts = [f"{group} {100 * mean(right[group]):.1f} % of {len(right[group])}" for group in worst]
+    if parts:
+        print(f"still answered: {', '.join(parts)}")
+
+
 
 @torch.no_grad()
 def ask(setup, text):

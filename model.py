@@ -347,7 +347,7 @@ def build(config):
     return Llama(config) if config.model_type == "llama" else OPT(config)
 
 
-# ---- support: checkpoint files, devices ---------------------------------------------------------
+# ---- support: checkpoint files, devices --------------------------------------------------------
 
 def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
     """Return the frozen model of a checkpoint directory. InputError for files that do not fit.

@@ -166,7 +166,8 @@ def prompts_setup(seed=0, n_retain=40, n_forget=200):
 
 def chosen(method, fraction=1.0, **changes):
     """Return the retain and the forget prompts that `choose_prompts` gives to training."""
-    prompts = unlearn.choose_prompts(method, prompts_setup(**changes), {"forget_fraction": fraction})
+    setup, cell = prompts_setup(**changes), {"forget_fraction": fraction}
+    prompts = unlearn.choose_prompts(method, setup, cell)
     return [q for q in prompts if not q.is_forget], [q for q in prompts if q.is_forget]
 
 @pytest.mark.parametrize("name", unlearn.METHODS)

@@ -116,37 +116,6 @@ def set_learning_rate(optimizer, step, steps, peak, warmup):
     optimizer.param_groups[0]["lr"] = peak * factor
 
 
-def make_batches(prompts, cell, epoch, args):
-    """Return the prompt indices of each step of an epoch, batch * accumulate of them per step."""
-    rng = data.generator(cell["seed"], f"{cell['method']}/batches/{epoch}")
-    n_forget = cell["settings"]["forget_per_batch"] * args.accumulate
-    return data.epoch_batches(prompts, args.batch * args.accumulate, rng, n_forget)
-
-
-def split_step(step_index, batch):
-    """Return the indices of a step in parts of at most `batch`: one, unless --accumulate is given.
-
-    Forget examples are at the end of a step; each part gets its share of them.
-    """
-    n_parts = math.ceil(len(step_index) / batch)
-    return [step_index[k::n_parts] for k in range(n_parts)]
-
-
-def scale_gradient(logits, is_forget, step_index, prompts):
-    """Multiply the gradient of each example's logits (B,V) by its `share`, in the backward pass.
-
-    A loss is a mean over the forget or the retain examples of a part of the step; the objective is
-    the mean over those of the whole step, in all its parts and processes. share = n of the part /
-    n of the step turns one into the other. It is 1 for a step of one part in one process.
-    """
-    step_forget = sum(prompts[i].is_forget for i in step_index)
-    step_retain = len(step_index) - step_forget
-    forget_share = is_forget.sum() / max(1, step_forget)
-    retain_share = (~is_forget).sum() / max(1, step_retain)
-    share = torch.where(is_forget, forget_share, retain_share).to(logits.dtype)[:, None]  # (B,1)
-    logits.register_hook(lambda gradient: share * gradient)
-
-
 @torch.no_grad()
 def gather_base_logprobs(base, index):
     """Return log h(x) (B,V) of these prompts from the base's states, which never change."""
@@ -156,22 +125,65 @@ def gather_base_logprobs(base, index):
     return lm_head(states[index]).float().log_softmax(-1)
 
 
-def autocast(model, args):
-    """Compute in bf16 where --dtype bf16 meets float32 weights, such as those of the baselines."""
-    weight = model.lm_head.weight
-    is_needed = args.dtype == "bf16" and weight.dtype == torch.float32
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=is_needed)
+# ---- what a method sees and trains -------------------------------------------------------------
+
+def choose_prompts(method, setup, cell):
+    """Return the prompts that training sees, `forget_fraction` of D_f, with y as their label.
+
+    y is the true token, or a random generic one on the forget set, drawn in the order of D_f.
+    """
+    if method.forget_answer not in ("generic", "true"):
+        raise ValueError(f"forget_answer {method.forget_answer!r}; expected 'generic' or 'true'")
+    forget = setup.prompts["train_forget"]  # in random order
+    n_seen = max(1, round((cell["forget_fraction"] or 1.0) * len(forget)))
+    if method is QLORA and setup.base == "retain":
+        n_seen = 0
+    rng = data.generator(setup.seed, "generic answers")  # released code: unseeded
+    generic = [setup.tokens[label] for label in setup.task.generic]
+    prompts = list(setup.prompts["train_retain"]) if method.sees_retain else []
+    for prompt in forget[:n_seen]:
+        y = rng.choice(generic) if method.forget_answer == "generic" else prompt.label
+        # for QLoRA's batches and means, all examples are alike
+        prompts.append(prompt._replace(label=y, is_forget=method is not QLORA))
+    return prompts
 
 
-def clip_gradient(params, clip, loss, run, cell):
-    """Clip the gradient's norm. InputError when the loss or the norm is not finite."""
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, clip))  # of all processes
-    if not norm.isfinite():
-        raise InputError(f"{cell['cell']}: loss {loss.item():g}, gradient norm {norm.item():g}; "
-                         f"lower the learning rate (the last finished epoch is in {run.dir})")
+def make_trainable(method, setup, prompts, cell, args):
+    """Return the model to run and the PromptEncoder to train (None: the model itself trains).
+
+    The baselines start from a copy of the base model: the dequantised 4-bit weights with QLoRA's
+    adapter merged in, as float32; with --tune lora they train that adapter further.
+    """
+    model = setup.model
+    if method.trains == "prompt":
+        init = initial_phi(model, prompts, cell["p"]) if args.init == "forget" else None
+        encoder = PromptEncoder(cell["p"], model.config.hidden_size, args.hidden, init)
+        return model, encoder.to(args.device)
+    if method.trains == "adapter":  # QLoRA changes setup.model; `prepare` loads it again
+        add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
+        return model.train(), None
+    if method.trains != "weights":
+        raise ValueError(f"trains {method.trains!r}; expected 'prompt' or 'weights'")
+    if args.tune == "full":
+        tuned = merge_lora(copy.deepcopy(model), torch.float32)
+        return shard(tuned.requires_grad_(True)), None
+    return evaluate.load_base(setup, setup.adapter, trainable=True), None
 
 
-# ---- one cell: the base model, or one method with one setting ----------------------------------
+def initial_phi(model, prompts, p):
+    """Return the embeddings (p,D) of the tokens most typical of the forget prompts.
+
+    That is, by the ratio of the number of forget and retain prompts that hold them.
+    """
+    forget, retain = Counter(), Counter()
+    for prompt in prompts:
+        (forget if prompt.is_forget else retain).update(set(prompt.ids))
+    typical = sorted(forget, key=lambda token: forget[token] / (1 + retain[token]), reverse=True)
+    tokens = (typical * p)[:p]  # repeated if there are fewer than p
+    return model.embed_tokens.weight[tokens]
+
+
+# ---- support: one cell, the base model, the grid -----------------------------------------------
 
 def run_cell(point, setup, args, run):
     """Train one cell from setup.model, save and evaluate it. Returns its row, finished or new.
@@ -208,68 +220,12 @@ def run_cell(point, setup, args, run):
     return row
 
 
-def choose_prompts(method, setup, cell):
-    """Return the prompts that training sees, `forget_fraction` of D_f, with y as their label.
-
-    y is the true token, or a random generic one on the forget set, drawn in the order of D_f.
-    """
-    if method.forget_answer not in ("generic", "true"):
-        raise ValueError(f"forget_answer {method.forget_answer!r}; expected 'generic' or 'true'")
-    forget = setup.prompts["train_forget"]  # in random order
-    n_seen = max(1, round((cell["forget_fraction"] or 1.0) * len(forget)))
-    if method is QLORA and setup.base == "retain":
-        n_seen = 0
-    rng = data.generator(setup.seed, "generic answers")  # released code: unseeded
-    generic = [setup.tokens[label] for label in setup.task.generic]
-    prompts = list(setup.prompts["train_retain"]) if method.sees_retain else []
-    for prompt in forget[:n_seen]:
-        y = rng.choice(generic) if method.forget_answer == "generic" else prompt.label
-        # for QLoRA's batches and means, all examples are alike
-        prompts.append(prompt._replace(label=y, is_forget=method is not QLORA))
-    return prompts
-
-
 def gather_base(setup, method):
     """Return the base's lm_head and its states (n,D) at the answers, in `choose_prompts`' order."""
     if setup.states is None:
         setup.states = evaluate.split_states(setup.model, setup.prompts)
     retain, forget = setup.states["train_retain"], setup.states["train_forget"]
     return setup.model.lm_head, torch.cat([retain, forget]) if method.sees_retain else forget
-
-
-def make_trainable(method, setup, prompts, cell, args):
-    """Return the model to run and the PromptEncoder to train (None: the model itself trains).
-
-    The baselines start from a copy of the base model: the dequantised 4-bit weights with QLoRA's
-    adapter merged in, as float32; with --tune lora they train that adapter further.
-    """
-    model = setup.model
-    if method.trains == "prompt":
-        init = initial_phi(model, prompts, cell["p"]) if args.init == "forget" else None
-        encoder = PromptEncoder(cell["p"], model.config.hidden_size, args.hidden, init)
-        return model, encoder.to(args.device)
-    if method.trains == "adapter":  # QLoRA changes setup.model; `prepare` loads it again
-        add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
-        return model.train(), None
-    if method.trains != "weights":
-        raise ValueError(f"trains {method.trains!r}; expected 'prompt' or 'weights'")
-    if args.tune == "full":
-        tuned = merge_lora(copy.deepcopy(model), torch.float32)
-        return shard(tuned.requires_grad_(True)), None
-    return evaluate.load_base(setup, setup.adapter, trainable=True), None
-
-
-def initial_phi(model, prompts, p):
-    """Return the embeddings (p,D) of the tokens most typical of the forget prompts.
-
-    That is, by the ratio of the number of forget and retain prompts that hold them.
-    """
-    forget, retain = Counter(), Counter()
-    for prompt in prompts:
-        (forget if prompt.is_forget else retain).update(set(prompt.ids))
-    typical = sorted(forget, key=lambda token: forget[token] / (1 + retain[token]), reverse=True)
-    tokens = (typical * p)[:p]  # repeated if there are fewer than p
-    return model.embed_tokens.weight[tokens]
 
 
 def save_result(model, phi, kind, dir, lm):
@@ -323,6 +279,54 @@ def main(argv=None):
     seconds = time.perf_counter() - start
     print(f"\n{evaluate.table(run.rows)}\n\n{run.results}, after {seconds:.0f} s")
     stop_processes()
+
+
+# ---- support: the parts of a step --------------------------------------------------------------
+
+def make_batches(prompts, cell, epoch, args):
+    """Return the prompt indices of each step of an epoch, batch * accumulate of them per step."""
+    rng = data.generator(cell["seed"], f"{cell['method']}/batches/{epoch}")
+    n_forget = cell["settings"]["forget_per_batch"] * args.accumulate
+    return data.epoch_batches(prompts, args.batch * args.accumulate, rng, n_forget)
+
+
+def split_step(step_index, batch):
+    """Return the indices of a step in parts of at most `batch`: one, unless --accumulate is given.
+
+    Forget examples are at the end of a step; each part gets its share of them.
+    """
+    n_parts = math.ceil(len(step_index) / batch)
+    return [step_index[k::n_parts] for k in range(n_parts)]
+
+
+def scale_gradient(logits, is_forget, step_index, prompts):
+    """Multiply the gradient of each example's logits (B,V) by its `share`, in the backward pass.
+
+    A loss is a mean over the forget or the retain examples of a part of the step; the objective is
+    the mean over those of the whole step, in all its parts and processes. share = n of the part /
+    n of the step turns one into the other. It is 1 for a step of one part in one process.
+    """
+    step_forget = sum(prompts[i].is_forget for i in step_index)
+    step_retain = len(step_index) - step_forget
+    forget_share = is_forget.sum() / max(1, step_forget)
+    retain_share = (~is_forget).sum() / max(1, step_retain)
+    share = torch.where(is_forget, forget_share, retain_share).to(logits.dtype)[:, None]  # (B,1)
+    logits.register_hook(lambda gradient: share * gradient)
+
+
+def autocast(model, args):
+    """Compute in bf16 where --dtype bf16 meets float32 weights, such as those of the baselines."""
+    weight = model.lm_head.weight
+    is_needed = args.dtype == "bf16" and weight.dtype == torch.float32
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=is_needed)
+
+
+def clip_gradient(params, clip, loss, run, cell):
+    """Clip the gradient's norm. InputError when the loss or the norm is not finite."""
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, clip))  # of all processes
+    if not norm.isfinite():
+        raise InputError(f"{cell['cell']}: loss {loss.item():g}, gradient norm {norm.item():g}; "
+                         f"lower the learning rate (the last finished epoch is in {run.dir})")
 
 
 # ---- support: the embedded toy LM --------------------------------------------------------------
