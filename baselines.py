@@ -5,8 +5,8 @@
     y              (B,)   target tokens
     is_forget      (B,)   bool
 
-Each baseline trains all weights of the model (full fine-tuning). `unlearn.METHODS` says what y
-holds on the forget set: the true answer, or a random generic one.
+Each baseline trains all weights (full fine-tuning) or, with --tune lora, only the adapter.
+`unlearn.METHODS` says what y holds on the forget set: the true answer, or a random generic one.
 """
 from soft_prompt import cross_entropy, kl_divergence
 
@@ -21,7 +21,7 @@ def rl_loss(logits, base_logprobs, y, is_forget, alpha, beta):
     """Random labels (RL): fit a random label on each forget example.
 
     The paper draws them from the generic labels (neutral, unknown), not from the task's labels. So
-    y is the same as SPUL's, but all weights are trained and nothing protects the retain set.
+    y is the same as SPUL's, but weights are trained and nothing protects the retain set.
     """
     L_f = cross_entropy(logits, y, is_forget)
     return L_f, {"L_f": L_f}

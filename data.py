@@ -44,7 +44,10 @@ class Task(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """An example as tokens: ids up to the answer, and label, the token of the true answer."""
+    """An example as tokens: ids up to the answer, and label, the token to answer with.
+
+    That is the true answer; `unlearn.choose_prompts` may put a generic one for training.
+    """
     ids: list
     label: int
     is_forget: bool
@@ -104,7 +107,7 @@ class Batch(NamedTuple):
     answer_pos: torch.Tensor  # (B,), position whose logits are the answer
     y: torch.Tensor           # (B,), token to answer with
     is_forget: torch.Tensor   # (B,), bool
-    index: torch.Tensor       # (B,), index of the prompt in the training set
+    index: torch.Tensor       # (B,), index of each prompt in the list given to `collate`
 
 
 def collate(prompts, index, device="cpu"):
@@ -143,7 +146,10 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
 
 
 def cut_by_length(prompts, indices, size):
-    """Return the indices in lists of `size`, each 50 lists' worth sorted by the prompts' length."""
+    """Return the indices in lists of `size`, each 50 lists' worth sorted by the prompts' length.
+
+    50 lists keep the order random enough, and most of the padding is saved.
+    """
     result = []
     for start in range(0, len(indices), 50 * size):
         part = sorted(indices[start:start + 50 * size], key=lambda i: len(prompts[i].ids))
@@ -279,7 +285,6 @@ def encode_splits(tokenizer, task, tokens, splits, max_len):
     return prompts
 
 
-
 def load_splits(name, data_dir, seed=0, max_train=None, max_test=None):
     """Return {split: [Example]} of a dataset, with the counts of the paper's Table 1.
 
@@ -290,10 +295,10 @@ def load_splits(name, data_dir, seed=0, max_train=None, max_test=None):
         splits = yelp_splits(data_dir, seed, max_train, max_test)
     else:
         splits = DATASETS[name](data_dir, seed)
-    for split, most in (("train_retain", max_train), ("test_retain", max_test)):
-        if most and name != "yelp":
-            splits[split] = generator(seed, split).sample(splits[split],
-                                                          min(most, len(splits[split])))
+        for split, most in (("train_retain", max_train), ("test_retain", max_test)):
+            if most:
+                n = min(most, len(splits[split]))
+                splits[split] = generator(seed, split).sample(splits[split], n)
     generator(seed, "forget_fraction").shuffle(splits["train_forget"])
     for split in SPLITS:
         if not splits[split]:
@@ -324,7 +329,7 @@ def own_splits(data_dir, seed):
     splits = {}
     for split in SPLITS:
         splits[split] = [
-            Example(text, str(label), group or "")
+            Example(text, str(label), "" if group is None else str(group))
             for text, label, group in read_rows(data_dir, split, ("text", "label", "group"))]
     return splits
 
@@ -507,6 +512,8 @@ def yelp_splits(data_dir, seed, max_train, max_test):
     """
     train = read_yelp(data_dir, "train", max_train or 100_093, seed)
     test = read_yelp(data_dir, "test", max_test or 18_974, seed)
+    if len(train) < 1000:
+        raise InputError(f"yelp: {len(train)} train reviews; expected at least 1,000 to cluster")
     reviews, topics = cluster_topics(train, test, seed)
     of_train = [review.group for review in reviews[:len(train)]]
     target = len(train) * 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
@@ -596,8 +603,7 @@ def read_rows(data_dir, stem, columns, labels=None, header=True):
     """Return the values of these columns for each row of the file data_dir/stem.SUFFIX.
 
     Only the column group may be missing or empty. labels: the possible values of the column label.
-    header: the first line of a .csv or .tsv names the columns and is not counted as a
-    row; else they are exactly `columns`.
+    header: whether the first line of a .csv or .tsv names the columns; if not, they are `columns`.
     """
     path, rows = find_file(data_dir, stem), []
     try:
@@ -607,6 +613,7 @@ def read_rows(data_dir, stem, columns, labels=None, header=True):
             values = [row.get(column) for column in columns if column != "group"]
             if None in row or any(v is None or not str(v).strip() for v in values):
                 raise ValueError(f"{row!r:.80}; expected {', '.join(columns)}, not empty")
+            "".join(str(value) for value in values).encode()  # half an emoji is a ValueError
             if labels and str(row["label"]) not in labels:
                 raise ValueError(f"label {row['label']!r}; expected {' or '.join(labels)}")
             rows.append([row.get(column) for column in columns])

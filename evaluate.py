@@ -52,11 +52,6 @@ def batches_by_length(prompts, device):
         yield data.collate(prompts, index, device)
 
 
-def split_states(model, prompts, prefix=None):
-    """Return {split: states (n,D)} of {split: [Prompt]}."""
-    return {split: answer_states(model, part, prefix) for split, part in prompts.items()}
-
-
 @torch.no_grad()
 def predict(model, states):
     """Return a list of the likeliest token of the WHOLE vocabulary for each of states (n,D)."""
@@ -161,7 +156,7 @@ def paper_cells(row):
         return []
     title, found = f"*paper,* {model}", lines[0][3:6]
     if found != ours and "-" not in found:
-        title += f", alpha {found[0]}, beta {found[1]}"
+        title += f", alpha {found[0]}, beta {found[1]}, tau {found[2]}"
     return [title, *[pair.replace("/", " / ") for pair in lines[0][6:]]]
 
 
@@ -324,7 +319,6 @@ def print_worst_groups(pred, prompts):
         print(f"still answered: {', '.join(parts)}")
 
 
-
 @torch.no_grad()
 def ask(setup, text):
     """Print the five likeliest answers to one text, without and with phi."""
@@ -380,10 +374,10 @@ class System(NamedTuple):
     prompts: dict = None
 
 
-def audit(run):
-    """Audit every seed of a run that has a spul row; print mean and std, write RUN/audit.json."""
+def audit(run, files):
+    """Audit each seed's first phi, or that in run/files; print mean and std, write audit.json."""
     seeds = {}
-    for row in spul_rows([run]):
+    for row in spul_rows([run], files):
         if row["seed"] not in seeds:
             print(f"auditing seed {row['seed']}", flush=True)
             setup = load_run(run, row["files"])
@@ -447,7 +441,6 @@ def load_phi(setup, model, row):
     return System(model, prompt_kv(model, phi))
 
 
-@torch.no_grad()
 def measure(setup, system):
     """Return what a system answers on the test sets, in percent, and two membership AUCs."""
     prompts = system.prompts or setup.prompts
@@ -524,9 +517,14 @@ def rephrase(setup, systems):
     if setup.args.dataset == "toy":  # the instruction that the toy LM knows
         ignore = f"### Ignore: {' '.join(names)}"
     asked = template.replace("### Question", order, 1)
-    return {"spul, asked for a label": reword(setup, spul, asked),
-            "spul, names misspelt": reword(setup, spul, template, misspell),
-            "base, names in the prompt": reword(setup, systems["base"], f"{ignore}\n\n{template}")}
+    attacks = {}
+    if asked != template:
+        attacks["spul, asked for a label"] = reword(setup, spul, asked)
+    if names:
+        attacks["spul, names misspelt"] = reword(setup, spul, template, misspell)
+        attacks["base, names in the prompt"] = reword(setup, systems["base"],
+                                                      f"{ignore}\n\n{template}")
+    return attacks
 
 
 def reword(setup, system, template, change=None):
@@ -546,8 +544,9 @@ def misspell(prompt):
     """Return the text with the last two letters of its named person swapped, or doubled."""
     text = prompt.text
     for name in prompt.group.split():
-        wrong = name[:-2] + name[-1] + name[-2]
-        text = re.sub(rf"\b{name}\b", wrong if wrong != name else name + name[-1], text)
+        wrong = name[:-2] + name[:-3:-1]  # the last two letters in reverse
+        wrong = wrong if wrong != name else name + name[-1]
+        text = re.sub(rf"\b{re.escape(name)}\b", wrong, text)
     return text
 
 
@@ -640,8 +639,8 @@ def load_data(args, seed, lm):
 def load_base(setup, adapter=None, trainable=False, weights=None):
     """Return the frozen model with the adapter in directory run/adapter, as training uses it.
 
-    adapter None: the pretrained model. The adapter is merged into dense weights; if it is to be
-    trainable, it stays separate. weights: instead of --weights.
+    adapter None: the pretrained model. With --dense, the adapter is merged. trainable: it stays
+    separate, and its A and B are trained. weights: instead of --weights.
     """
     args = setup.args
     model = load_model(setup.lm, weights or args.weights, args.device, args.dtype)
@@ -738,7 +737,7 @@ def main(argv=None):
     elif args.explain:
         explain(load_run(run, args.phi))
     elif args.audit:
-        audit(run)
+        audit(run, args.phi)
     elif args.tsne:
         plot_tsne(load_run(run, args.phi), args.tsne)
     elif args.lens:

@@ -178,7 +178,8 @@ class Attention(nn.Module):
     """Causal self-attention over phi's keys and values (`prefix`) and the text's own.
 
     x (B,T,D) -> (B,T,D) and the text's K, V (B,G,T,d). With answer_pos (B,) only that position
-    asks: -> (B,1,D). prefix: K, V (1,G,p,d) or None. rotary: (2,T,d) or None.
+    is a query: -> (B,1,D). prefix: K, V (1,G,p,d) or None. rotary: (2,T,d) or None. Written out,
+    which on CPUs is also faster than F.scaled_dot_product_attention.
     """
 
     def __init__(self, config, out_name, bias):
@@ -321,7 +322,7 @@ class OPT(LanguageModel):
 
     def __init__(self, config):
         super().__init__(config, OPTLayer)
-        # rows 0 and 1 are never used
+        # as in Hugging Face's files, position i is row i + 2
         self.embed_positions = nn.Embedding(config.max_position_embeddings + 2, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
 
@@ -366,7 +367,7 @@ def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
         if weights == "nf4" and name.startswith("layers.") and tensor.dim() == 2:
             model.set_submodule(place, Linear4bit(tensor.to(device), layer.bias))
         else:
-            tensor = tensor.to(device, torch_dtype, copy=True)
+            tensor = tensor.to(device, torch_dtype, copy=True)  # no view of the mapped file
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
     tie_head(model)
     return model.eval()

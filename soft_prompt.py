@@ -1,12 +1,13 @@
 """SPUL, Section 3: a soft prompt phi that makes a frozen language model unlearn part of its data.
 
 No weight of the model changes. phi is p learned embeddings, put before the tokens of every query.
-Only the small encoder that computes phi is trained, with three losses (Eq. 2-5).
+Only the small encoder that computes phi is trained, with three losses (Eq. 2-4; their sum: Eq. 5).
 
 Axes, in every file:
     B examples of a batch    T tokens of a text      p tokens of the soft prompt
     D width of the model     V words                 r rank of LoRA
     H attention heads        G key/value heads       d width of a head
+    S queries: T, or 1 where only the answer is read
 """
 import torch
 import torch.nn.functional as F
@@ -67,9 +68,9 @@ def prompt_kv(model, phi):
 
 
 def mean_over(values, part):
-    """Return the mean of values (B,) where part (B,) is True, and 0 where it is nowhere True.
+    """Return the mean of those values (B,) whose part (B,) is True; 0 if there are none.
 
-    Never NaN: on SST-2, 38 % of the paper's batches hold no forget example.
+    On SST-2, 38 % of the paper's batches hold no forget example.
     """
     part = part.to(values.dtype)
     return (values * part).sum() / part.sum().clamp(min=1)
@@ -84,9 +85,10 @@ def cross_entropy(logits, y, part):
 
 
 def kl_divergence(logits, base_logprobs, part):
-    """Return the mean over `part` of KL(h(phi,x) || h(x)), in float32. (released code: the reverse)
+    """Return Eq. (4), the mean over `part` of KL(h(phi,x) || h(x)). (released code: the reverse)
 
-    logits (B,V) of what is trained, base_logprobs (B,V) of the frozen base, part (B,) bool.
+    logits (B,V) of what is trained, base_logprobs (B,V) of the frozen base, part (B,) bool. In
+    float32.
     """
     logprobs = logits.float().log_softmax(-1)
     divergence = (logprobs.exp() * (logprobs - base_logprobs.float())).sum(-1)  # (B,)

@@ -38,7 +38,8 @@ class Method(NamedTuple):
     """
     loss: Callable             # (logits, base_logprobs, y, is_forget, alpha, beta) -> loss, parts
     forget_answer: str         # y of a forget example: "generic" (random) or "true"
-    trains: str                # "prompt": phi; "weights": all, or QLoRA's adapter (--tune lora)
+    trains: str                # "prompt": phi; "weights": all, or QLoRA's adapter (--tune lora);
+                               # "adapter": a new one (QLoRA itself)
     flags: tuple = ()          # which of alpha and beta the loss uses
     sees_retain: bool = True   # False: only forget examples are in the batches
     needs_base: bool = False   # True: the loss gets base_logprobs, else None
@@ -143,7 +144,7 @@ def choose_prompts(method, setup, cell):
     prompts = list(setup.prompts["train_retain"]) if method.sees_retain else []
     for prompt in forget[:n_seen]:
         y = rng.choice(generic) if method.forget_answer == "generic" else prompt.label
-        # for QLoRA's batches and means, all examples are alike
+        # drawn once, for all epochs. For QLoRA's batches and means, all examples are alike
         prompts.append(prompt._replace(label=y, is_forget=method is not QLORA))
     return prompts
 
@@ -152,7 +153,8 @@ def make_trainable(method, setup, prompts, cell, args):
     """Return the model to run and the PromptEncoder to train (None: the model itself trains).
 
     The baselines start from a copy of the base model: the dequantised 4-bit weights with QLoRA's
-    adapter merged in, as float32; with --tune lora they train that adapter further.
+    adapter merged in, as float32, because small steps would be lost in bf16; with --tune lora they
+    train that adapter further.
     """
     model = setup.model
     if method.trains == "prompt":
@@ -190,7 +192,8 @@ def run_cell(point, setup, args, run):
 
     point: the cell's method name, lr, and those of alpha, beta, p and forget_fraction it uses.
     """
-    cell, method = make_cell(setup, args, **point), METHODS.get(point["name"], QLORA)
+    cell = make_cell(setup, args, **point)
+    method = QLORA if point["name"] == "qlora" else METHODS[point["name"]]
     row = run.find(cell)
     if row:
         return row
@@ -209,8 +212,7 @@ def run_cell(point, setup, args, run):
     save_result(model, phi, kind, run.dir / cell["files"], setup.lm)
     if method is QLORA and args.dense:
         merge_lora(model)
-    with autocast(model, args):
-        states = evaluate.split_states(model, setup.prompts, prefix)
+    states = split_states(model, setup, prefix)
     row = run.finish(cell, evaluate.scores(model, states, setup.prompts))
     if method is QLORA:
         setup.states = states  # L_KL needs them
@@ -220,10 +222,17 @@ def run_cell(point, setup, args, run):
     return row
 
 
+def split_states(model, setup, prefix=None):
+    """Return {split: states (n,D)} that lm_head reads at the answers of all prompts."""
+    with autocast(model, setup.args):
+        return {split: evaluate.answer_states(model, part, prefix)
+                for split, part in setup.prompts.items()}
+
+
 def gather_base(setup, method):
     """Return the base's lm_head and its states (n,D) at the answers, in `choose_prompts`' order."""
     if setup.states is None:
-        setup.states = evaluate.split_states(setup.model, setup.prompts)
+        setup.states = split_states(setup.model, setup)
     retain, forget = setup.states["train_retain"], setup.states["train_forget"]
     return setup.model.lm_head, torch.cat([retain, forget]) if method.sees_retain else forget
 
@@ -246,7 +255,7 @@ def prepare(seed, base, args, run):
     setup.base, setup.run, setup.model = base, run.dir, evaluate.load_base(setup)
     vanilla = make_cell(setup, args, "vanilla")
     if not run.find(vanilla):
-        states = evaluate.split_states(setup.model, setup.prompts)
+        states = split_states(setup.model, setup)
         run.finish(vanilla, evaluate.scores(setup.model, states, setup.prompts))
     row = run_cell({"name": "qlora", "lr": args.qlora_lr}, setup, args, run)
     setup.adapter, setup.model = row["files"], evaluate.load_base(setup, row["files"])
@@ -293,7 +302,7 @@ def make_batches(prompts, cell, epoch, args):
 def split_step(step_index, batch):
     """Return the indices of a step in parts of at most `batch`: one, unless --accumulate is given.
 
-    Forget examples are at the end of a step; each part gets its share of them.
+    With --forget-per-batch, the forget examples are at the end; each part gets its share of them.
     """
     n_parts = math.ceil(len(step_index) / batch)
     return [step_index[k::n_parts] for k in range(n_parts)]
@@ -397,9 +406,9 @@ def build_toy(vocab_size):
 
 # ---- support: run directories and checkpoints --------------------------------------------------
 
-BASE_SETTINGS = ("model dataset weights dtype dense max_len max_train max_test labels generic "
-                 "template batch accumulate clip rank lora_alpha lora_dropout targets qlora_lr "
-                 "qlora_epochs").split()
+BASE_SETTINGS = ("model dataset data_dir weights dtype dense max_len max_train max_test labels "
+                 "generic template batch accumulate clip rank lora_alpha lora_dropout targets "
+                 "qlora_lr qlora_epochs").split()
 PROMPT_SETTINGS = "epochs beta2 forget_per_batch hidden init".split()
 
 
@@ -450,7 +459,7 @@ class Run:
         return row
 
     def directory(self, kind):
-        """Return the directory for a cell's files: adapter, prompt or weights, if it is free."""
+        """Return the directory for a cell's files: `kind`, or `kind-N` if another row has it."""
         is_free = all(row["files"] != kind for row in self.rows)
         return kind if is_free else f"{kind}-{len(self.rows)}"
 
@@ -459,7 +468,10 @@ class Run:
         return self.dir / f"state-{cell['cell']}.pt"
 
     def log(self, cell, epoch, step, steps, loss, parts, seconds):
-        """Add a line to log.csv, and every 50 steps one to the screen."""
+        """Add a line to log.csv, and every 50 steps one to the screen.
+
+        The losses are those of the step's last part, without those of other processes.
+        """
         if not is_rank_zero():
             return
         terms = {name: f"{part.item():.4f}" for name, part in parts.items()}
