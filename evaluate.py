@@ -350,7 +350,8 @@ def explain(setup):
         logits = setup.model(batch.tokens, batch.answer_pos, setup.prefix)
         _, parts = spul_loss(logits, base_logprobs, batch.y, batch.is_forget, alpha=1.0, beta=1.0)
         for name, part in parts.items():
-            print(f"{name} = {part.item():.4f}")
+            if part != 0:  # 0: no such example in this batch of one
+                print(f"{name} = {part.item():.4f}")
 
 
 def word(setup, token):
@@ -629,7 +630,6 @@ class Setup:
 def load_data(args, seed, lm):
     """Return a Setup with the data of one seed, in the tokens of the model in directory lm."""
     splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test)
-    print(data.forgotten(splits))
     tokenizer, task = data.load_tokenizer(lm), data.task_from_args(args)
     tokens = data.label_tokens(tokenizer, task)
     prompts = data.encode_splits(tokenizer, task, tokens, splits, args.max_len)

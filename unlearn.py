@@ -252,6 +252,7 @@ def save_result(model, phi, kind, dir, lm):
 def prepare(seed, base, args, run):
     """Return the Setup of one seed: its data and its base model, trained or from a finished run."""
     setup = evaluate.load_data(args, seed, args.model or pretrain_toy(args))
+    print(data.forgotten(setup.prompts))
     setup.base, setup.run, setup.model = base, run.dir, evaluate.load_base(setup)
     vanilla = make_cell(setup, args, "vanilla")
     if not run.find(vanilla):
