@@ -446,8 +446,11 @@ def measure(setup, system):
     """Return what a system answers on the test sets, in percent, and two membership AUCs."""
     prompts = system.prompts or setup.prompts
     forget, retain = prompts["test_forget"][:MAX_AUDIT], prompts["test_retain"][:MAX_AUDIT]
-    result = answer_rates(setup, system, forget)
-    result["right on retain"] = answer_rates(setup, system, retain)["right"]
+    model, rates = system.model, []
+    for part in (forget, retain):
+        states = answer_states(model, part, system.prefix)
+        rates.append(answer_rates(setup, model, part, states))
+    result = rates[0] | {"right on retain": rates[1]["right"]}
     if not system.prompts:
         seen = token_scores(setup, system, setup.prompts["train_forget"][:MAX_AUDIT])
         unseen = token_scores(setup, system, forget)
@@ -456,15 +459,14 @@ def measure(setup, system):
 
 
 @torch.no_grad()
-def answer_rates(setup, system, prompts):
+def answer_rates(setup, model, prompts, states):
     """Return how many prompts are answered right, and how likely a generic answer is, in percent.
 
-    "among labels": right when only the labels may be said.
+    states: (n,D), what lm_head reads. "among labels": right when only the labels may be said.
     """
-    states = answer_states(system.model, prompts, system.prefix)            # (n,D)
     labels = torch.tensor([setup.tokens[label] for label in setup.task.labels])
     generic = [setup.tokens[label] for label in setup.task.generic]
-    probs = system.model.lm_head(states).float().softmax(-1).cpu()          # (n,V)
+    probs = model.lm_head(states).float().softmax(-1).cpu()                 # (n,V)
     y = torch.tensor([prompt.label for prompt in prompts])                  # (n,)
     return {"right": percent(probs.argmax(-1) == y),
             "among labels": percent(labels[probs[:, labels].argmax(-1)] == y),
@@ -500,13 +502,21 @@ def token_scores(setup, system, prompts):
     return result
 
 
+@torch.no_grad()
 def lens(setup, system):
     """Return `answer_rates` of 200 test forget prompts after each layer, through norm and head."""
-    layers, rates = system.model.layers, []
-    for k in range(1, len(layers) + 1):
-        system.model.layers = layers[:k]  # in the end, all of them
-        rates.append(answer_rates(setup, system, setup.prompts["test_forget"][:200]))
-    return rates
+    prompts, model = setup.prompts["test_forget"][:200], system.model
+    outputs, states = [], []
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output[0]))
+             for layer in model.layers]
+    for prompt in prompts:
+        outputs.clear()
+        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, system.prefix)
+        states.append(torch.cat([x[:, -1] for x in outputs]))               # (layers,D)
+    for hook in hooks:
+        hook.remove()
+    states = model.norm(torch.stack(states, dim=1))                         # (layers,n,D)
+    return [answer_rates(setup, model, prompts, layer) for layer in states]
 
 
 def rephrase(setup, systems):
