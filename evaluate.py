@@ -316,7 +316,7 @@ def print_worst_groups(pred, prompts):
     worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:3]
     parts = [f"{group} {100 * mean(right[group]):.1f} % of {len(right[group])}" for group in worst]
     if parts:
-        print(f"still answered: {', '.join(parts)}")
+        print(f"answered most on train forget: {', '.join(parts)}")
 
 
 @torch.no_grad()

@@ -196,6 +196,7 @@ def run_cell(point, setup, args, run):
     method = QLORA if point["name"] == "qlora" else METHODS[point["name"]]
     row = run.find(cell)
     if row:
+        print(f"{cell['cell']} is in {run.results}, and not trained again")
         return row
     torch.manual_seed(derive_seed(cell, "initial values"))
     prompts = choose_prompts(method, setup, cell)
