@@ -21,7 +21,7 @@ def rl_loss(logits, base_logprobs, y, is_forget, alpha, beta):
     """Random labels (RL): fit a random label on each forget example.
 
     The paper draws them from the generic labels (neutral, unknown), not from the task's labels. So
-    y is the same as SPUL's, but weights are trained and nothing protects the retain set.
+    y is the same as SPUL's, but the model is trained and nothing protects the retain set.
     """
     L_f = cross_entropy(logits, y, is_forget)
     return L_f, {"L_f": L_f}

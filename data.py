@@ -307,7 +307,7 @@ def load_splits(name, data_dir, seed=0, max_train=None, max_test=None):
 
 
 def forgotten(splits):
-    """Return one line: the people or topics that are forgotten, of Examples or Prompts."""
+    """Return one line that names the forgotten people or topics of {split: [Example or Prompt]}."""
     groups = {example.group for example in splits["train_forget"] + splits["test_forget"]} - {""}
     return f"forgotten: {', '.join(sorted(groups)) or 'the forget set'}"
 

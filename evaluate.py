@@ -308,7 +308,7 @@ def plot_lens(setup, path):
 # ---- support: single examples ------------------------------------------------------------------
 
 def print_worst_groups(pred, prompts):
-    """Print the three named people or clusters that are still answered most, if there are any."""
+    """Print the three people or clusters with the most right answers, if the prompts name any."""
     right = defaultdict(list)
     for token, prompt in zip(pred, prompts):
         if prompt.group:
@@ -539,7 +539,7 @@ def rephrase(setup, systems):
 
 
 def reword(setup, system, template, change=None):
-    """Return the system with test prompts of another template, and of the texts change(example)."""
+    """Return the system with test prompts of another template, and of the texts change(prompt)."""
     task, prompts = setup.task._replace(template=template), {}
     max_len = setup.args.max_len + len(setup.tokenizer.encode(template))  # room for the new words
     for split in ("test_forget", "test_retain"):
@@ -649,8 +649,8 @@ def load_data(args, seed, lm):
 def load_base(setup, adapter=None, trainable=False, weights=None):
     """Return the frozen model with the adapter in directory run/adapter, as training uses it.
 
-    adapter None: the pretrained model. With --dense, the adapter is merged. trainable: it stays
-    separate, and its A and B are trained. weights: instead of --weights.
+    adapter None: the pretrained model. With --dense the adapter is merged, unless it is trainable:
+    then only its A and B require gradients. weights: instead of --weights.
     """
     args = setup.args
     model = load_model(setup.lm, weights or args.weights, args.device, args.dtype)

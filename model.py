@@ -354,7 +354,7 @@ def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
     """Return the frozen model of a checkpoint directory. InputError for files that do not fit.
 
     weights: "nf4" (every matrix except embedding and head in 4 bits), "bf16" or "fp32".
-    dtype: "bf16" or "fp32", with "nf4" for the computation and everything that is not in 4 bits.
+    dtype: with "nf4", the precision ("bf16" or "fp32") of all that is not in 4 bits.
     Tensors are read and quantised one at a time.
     """
     precision = dtype if weights == "nf4" else weights
@@ -455,7 +455,7 @@ def find_tensors(dir, model):
 
 
 def check_shapes(dir, tensors, expected):
-    """InputError for the first name of two {name: tensor} where the shapes differ."""
+    """InputError for the first tensor without its expected shape; both are {name: tensor}."""
     for name in sorted(expected | tensors):
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         wanted = tuple(expected[name].shape) if name in expected else "no such tensor"

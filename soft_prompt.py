@@ -63,7 +63,7 @@ def prompt_kv(model, phi):
     tokens instead of 2,496.
     """
     embeds = phi.to(model.embed_tokens.weight.dtype)[None]  # (1,p,D)
-    _, prefix = model.hidden(embeds)
+    _, prefix = model.hidden(embeds)  # each layer's K, V; the states are not needed
     return prefix
 
 
@@ -85,10 +85,10 @@ def cross_entropy(logits, y, part):
 
 
 def kl_divergence(logits, base_logprobs, part):
-    """Return Eq. (4), the mean over `part` of KL(h(phi,x) || h(x)). (released code: the reverse)
+    """Return Eq. (4): the mean over `part` of KL(h(phi,x) || h(x)), in float32.
 
-    logits (B,V) of what is trained, base_logprobs (B,V) of the frozen base, part (B,) bool. In
-    float32.
+    logits (B,V) of what is trained, base_logprobs (B,V) of the frozen base, part (B,) bool.
+    (released code: the other direction)
     """
     logprobs = logits.float().log_softmax(-1)
     divergence = (logprobs.exp() * (logprobs - base_logprobs.float())).sum(-1)  # (B,)
