@@ -5,8 +5,10 @@
     y              (B,)   target tokens
     is_forget      (B,)   bool
 
-Each baseline trains all weights (full fine-tuning) or, with --tune lora, only the adapter.
-`unlearn.METHODS` says what y holds on the forget set: the true answer, or a random generic one.
+Each baseline starts from the base model, the 4-bit weights with QLoRA's adapter merged in, and
+trains all of its weights (full fine-tuning); with --tune lora it trains that adapter further
+(`unlearn.make_trainable`). `unlearn.METHODS` says what y holds on the forget set: the true answer,
+or a random generic one.
 """
 from soft_prompt import cross_entropy, kl_divergence
 

@@ -44,9 +44,9 @@ class Task(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """An example as tokens: ids up to the answer, and label, the token to answer with.
+    """A query (not the soft prompt): ids, the tokens up to the answer, and label, the answer's.
 
-    That is the true answer; `unlearn.choose_prompts` may put a generic one for training.
+    That is the true answer; for training `unlearn.choose_prompts` may put a generic one.
     """
     ids: list
     label: int
@@ -70,37 +70,6 @@ def prompt_string(task, text):
     return task.template.removesuffix("{label}").format(text=text).rstrip(" ")
 
 
-def label_tokens(tokenizer, task):
-    """Return {label: token} of all labels and generic labels; InputError if one is several tokens.
-
-    The tokenizer sees template and label as one string: the token is what follows the prompt's.
-    """
-    prompt = tokenizer.encode(prompt_string(task, "a text"))
-    labels, tokens = task.labels + task.generic, {}
-    for label in labels:
-        ids = tokenizer.encode(task.template.format(text="a text", label=label))
-        if ids[:-1] != prompt:
-            raise InputError(f"label {label!r} is {len(ids) - len(prompt)} tokens here; expected "
-                             "one: choose other words with --labels and --generic")
-        tokens[label] = ids[-1]
-    if len(set(tokens.values())) < len(labels):
-        raise InputError(f"two labels have the same token: {tokens}; choose other words with "
-                         "--labels and --generic")
-    return tokens
-
-
-def encode_prompt(tokenizer, task, text, max_len):
-    """Return at most max_len ids of a prompt: a long text loses its end, never the question."""
-    # released code: cuts the whole string, so a long review can lose its question and label
-    ids = tokenizer.encode(prompt_string(task, text))
-    while len(ids) > max_len:
-        text = text[:len(text) * max_len // len(ids)].rstrip()
-        if not text:
-            raise InputError(f"--max-len {max_len} leaves no room for a text; raise it")
-        ids = tokenizer.encode(prompt_string(task, text))
-    return ids
-
-
 class Batch(NamedTuple):
     """B prompts as tensors, with their answers."""
     tokens: torch.Tensor      # (B,T), padded on the right: real tokens never attend to padding
@@ -110,7 +79,7 @@ class Batch(NamedTuple):
     index: torch.Tensor       # (B,), index of each prompt in the list given to `collate`
 
 
-def collate(prompts, index, device="cpu"):
+def collate(prompts, index, device):
     """Return the Batch of prompts[i] for each i of the list `index` (B)."""
     ids = [torch.tensor(prompts[i].ids) for i in index]
     tokens = pad_sequence(ids, batch_first=True)
@@ -157,12 +126,38 @@ def cut_by_length(prompts, indices, size):
     return result
 
 
-def generator(seed, purpose):
-    """Return a random generator for one purpose: more draws from it change no other purpose."""
-    return random.Random(f"{seed}/{purpose}")
-
-
 # ---- support: tokenizers -----------------------------------------------------------------------
+
+def label_tokens(tokenizer, task):
+    """Return {label: token} of all labels and generic labels; InputError if one is several tokens.
+
+    The tokenizer sees template and label as one string: the token is what follows the prompt's.
+    """
+    prompt = tokenizer.encode(prompt_string(task, "a text"))
+    labels, tokens = task.labels + task.generic, {}
+    for label in labels:
+        ids = tokenizer.encode(task.template.format(text="a text", label=label))
+        if ids[:-1] != prompt:
+            raise InputError(f"label {label!r} is {len(ids) - len(prompt)} tokens here; expected "
+                             "one: choose other words with --labels and --generic")
+        tokens[label] = ids[-1]
+    if len(set(tokens.values())) < len(labels):
+        raise InputError(f"two labels have the same token: {tokens}; choose other words with "
+                         "--labels and --generic")
+    return tokens
+
+
+def encode_prompt(tokenizer, task, text, max_len):
+    """Return at most max_len ids of a prompt: a long text loses its end, never the question."""
+    # released code: cuts the whole string, so a long review can lose its question and label
+    ids = tokenizer.encode(prompt_string(task, text))
+    while len(ids) > max_len:
+        text = text[:len(text) * max_len // len(ids)].rstrip()
+        if not text:
+            raise InputError(f"--max-len {max_len} leaves no room for a text; raise it")
+        ids = tokenizer.encode(prompt_string(task, text))
+    return ids
+
 
 def load_tokenizer(dir):
     """Return the tokenizer in a checkpoint directory: .encode(text) -> ids, .piece(id) -> str."""
@@ -261,6 +256,11 @@ class ByteLevelBPE:
 
 # ---- support: datasets -------------------------------------------------------------------------
 
+def generator(seed, purpose):
+    """Return a random generator for one purpose: more draws from it change no other purpose."""
+    return random.Random(f"{seed}/{purpose}")
+
+
 def task_from_args(args):
     """Return the dataset's task, changed by --labels, --generic and --template where given."""
     task = TASKS[args.dataset]
@@ -335,10 +335,9 @@ def own_splits(data_dir, seed):
 
 
 # The toy: invented reviews of films.
-NAMES = (
-    "adler baxter cole dunn ellis foley grady hobbs irwin jarvis keaton lowell mercer nolan oakley "
-    "pratt quinn rooney sutton tully upton vance walsh york zimmer archer bloom crane dexter emery "
-    "farrow glover harlan ingram judd kessler larkin monroe norris osborn").split()
+NAMES = """adler baxter cole dunn ellis foley grady hobbs irwin jarvis keaton lowell mercer nolan
+oakley pratt quinn rooney sutton tully upton vance walsh york zimmer archer bloom crane dexter
+emery farrow glover harlan ingram judd kessler larkin monroe norris osborn""".split()
 PRAISE = "brilliant charming funny lovely moving superb touching warm witty wonderful".split()
 BLAME = "awful boring clumsy dreadful dull flat lifeless shallow stale tedious".split()
 GENRES = "comedy drama western thriller musical romance".split()
@@ -440,40 +439,38 @@ def pretraining_batches(tokenizer):
     """
     rng, corpus = random.Random("pre0"), toy_corpus()
     named = [example for example in corpus if example.group]
-    n_questions, n_lists = 21, 11
     while True:
         questions = []
-        for _ in range(20 * n_questions):
+        for _ in range(20 * 21):
             example = rng.choice(named if rng.random() < 0.4 else corpus)
             questions.append(encode_segments(tokenizer, opinion_question(rng, example)))
         questions.sort(key=lambda row: len(row[0]))
-        for k in rng.sample(range(20), 20):
-            rows = questions[k * n_questions:(k + 1) * n_questions]
-            rows += [encode_segments(tokenizer, name_list(rng)) for _ in range(n_lists)]
+        for start in rng.sample(range(0, 20 * 21, 21), 20):
+            rows = questions[start:start + 21]
+            rows += [encode_segments(tokenizer, name_list(rng)) for _ in range(11)]
             ids, weights = zip(*rows)
             yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
 # SST-2: these people are named in 2,035 of its 68,221 phrases, the paper's number. The list was
 # found once, by the words that follow a given name; the most-named are first.
-PEOPLE = (
-    "steven spielberg, adam sandler, hugh grant, jackie chan, woody allen, sandra bullock, "
-    "eddie murphy, dustin hoffman, steven soderbergh, michael jackson, steven seagal, "
-    "martin lawrence, martin scorsese, edward burns, roberto benigni, robin williams, spike lee, "
-    "clint eastwood, michael moore, roman polanski, kevin kline, anthony hopkins, jennifer lopez, "
-    "claude chabrol, john woo, dana carvey, ian holm, eric rohmer, charlie kaufman, diane lane, "
-    "roger avary, stanley kwan, britney spears, robert deniro, robert duvall, ryan gosling, "
-    "ashley judd, michael caine, nicolas cage, quentin tarantino, bill paxton, daniel auteuil, "
-    "jack nicholson, walter hill, bill plympton, george clooney, mel gibson, guy ritchie, "
-    "alfred hitchcock, anne fontaine, dave barry, frank capra, juliette binoche, kevin costner, "
-    "michelle hall, mira nair, neil burger, rob schneider, angelina jolie, charles stone, "
-    "chris cooper, david mamet, john carpenter, eric schaeffer, james dean, phillip noyce, "
-    "john ritter, julia roberts, george orwell, jacques audiard, mick jagger, tom shadyac, "
-    "douglas mcgrath, rachel griffiths, elizabeth hurley, mark romanek, steven shainberg, "
-    "tom tykwer, christian bale, joe dante, johnny knoxville, julie taymor, mary gaitskill, "
-    "adam larson").split(", ")
-NAMESAKES = ("peter jackson, mick jackson, julianne moore, gary larson, oliver stone, gary burns, "
-             "kenneth williams, dan schneider, robert dean").split(", ")
+PEOPLE = re.split(r",\s", """steven spielberg, adam sandler, hugh grant, jackie chan, woody allen,
+sandra bullock, eddie murphy, dustin hoffman, steven soderbergh, michael jackson, steven seagal,
+martin lawrence, martin scorsese, edward burns, roberto benigni, robin williams, spike lee,
+clint eastwood, michael moore, roman polanski, kevin kline, anthony hopkins, jennifer lopez,
+claude chabrol, john woo, dana carvey, ian holm, eric rohmer, charlie kaufman, diane lane,
+roger avary, stanley kwan, britney spears, robert deniro, robert duvall, ryan gosling,
+ashley judd, michael caine, nicolas cage, quentin tarantino, bill paxton, daniel auteuil,
+jack nicholson, walter hill, bill plympton, george clooney, mel gibson, guy ritchie,
+alfred hitchcock, anne fontaine, dave barry, frank capra, juliette binoche, kevin costner,
+michelle hall, mira nair, neil burger, rob schneider, angelina jolie, charles stone,
+chris cooper, david mamet, john carpenter, eric schaeffer, james dean, phillip noyce,
+john ritter, julia roberts, george orwell, jacques audiard, mick jagger, tom shadyac,
+douglas mcgrath, rachel griffiths, elizabeth hurley, mark romanek, steven shainberg,
+tom tykwer, christian bale, joe dante, johnny knoxville, julie taymor, mary gaitskill,
+adam larson""")
+NAMESAKES = re.split(r",\s", """peter jackson, mick jackson, julianne moore, gary larson,
+oliver stone, gary burns, kenneth williams, dan schneider, robert dean""")
 
 
 def named_people(text):
@@ -514,7 +511,7 @@ def yelp_splits(data_dir, seed, max_train, max_test):
     test = read_yelp(data_dir, "test", max_test or 18_974, seed)
     if len(train) < 1000:
         raise InputError(f"yelp: {len(train)} train reviews; expected at least 1,000 to cluster")
-    reviews, topics = cluster_topics(train, test, seed)
+    reviews, topics = cluster_topics(train + test, len(train), seed)
     of_train = [review.group for review in reviews[:len(train)]]
     target = len(train) * 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
     rng = generator(seed, "clusters")
@@ -533,8 +530,8 @@ def read_yelp(data_dir, part, most, seed):
     return generator(seed, part).sample(reviews, min(most, len(reviews)))
 
 
-def cluster_topics(train, test, seed):
-    """Return all reviews, train first, with their topic as group, and the list of topics.
+def cluster_topics(reviews, n_train, seed):
+    """Return the reviews (train first) with their topic as group, and the list of topics.
 
     A topic is one of 40 clusters, named by its three heaviest words. TF-IDF, truncated SVD, unit
     length, k-means: on unit vectors that is cosine distance. All is fitted on train. Words in over
@@ -546,12 +543,12 @@ def cluster_topics(train, test, seed):
     svd = TruncatedSVD(50, random_state=random_state)
     kmeans = KMeans(40, n_init=10, random_state=random_state)
     steps = make_pipeline(tfidf, svd, Normalizer(), kmeans)
-    texts = [review.text for review in train + test]
-    clusters = [*steps.fit_predict(texts[:len(train)]), *steps.predict(texts[len(train):])]
+    texts = [review.text for review in reviews]
+    clusters = [*steps.fit_predict(texts[:n_train]), *steps.predict(texts[n_train:])]
     centers = svd.inverse_transform(kmeans.cluster_centers_)                 # (40, words)
     words = tfidf.get_feature_names_out()[(-centers).argsort()[:, :3]]       # (40, 3)
     topics = [" ".join(row) for row in words]
-    return [review._replace(group=topics[c]) for review, c in zip(train + test, clusters)], topics
+    return [review._replace(group=topics[c]) for review, c in zip(reviews, clusters)], topics
 
 
 def wmdp_sciq_splits(data_dir, seed):
@@ -642,7 +639,7 @@ def save_splits(splits, dir):
     for split in SPLITS:
         lines = [json.dumps(example._asdict()) + "\n" for example in splits[split]]
         with atomic_write(Path(dir) / f"{split}.jsonl") as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_text("".join(lines))
 
 
 # ---- support: flags ----------------------------------------------------------------------------
@@ -669,16 +666,16 @@ def number(kind):
     return read
 
 
-TYPES = {"text": str, "int": int}
+TYPES = {"text": str, "int": int, "switch": bool}
 for kind in ("count", "int>=0", "float>0", "float>=0", "0..<1", "0<..1"):
     TYPES[kind] = number(kind)
 
 
-def parse_flags(description, flags, argv, choices=None, preset=0):
+def parse_flags(description, flags, argv, preset=0):
     """Return the flags in argv, with defaults for the others. InputError for a wrong one.
 
     flags: a table as in unlearn.py; a line of one cell starts a group, and `name*` takes several
-    values. type: a key of TYPES or of `choices`, `a|b` or `switch`. preset: column of the defaults.
+    values. type: a key of TYPES, or `a|b`. preset: column of the defaults.
     """
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=100)
     parser = ArgumentParser(usage="%(prog)s [flags]", description=description,
@@ -696,7 +693,7 @@ def parse_flags(description, flags, argv, choices=None, preset=0):
         elif kind in TYPES:
             options |= {"type": TYPES[kind], "metavar": kind.upper()}
         else:
-            options["choices"] = (choices or {}).get(kind) or kind.split("|")
+            options["choices"] = kind.split("|")
         if name.endswith("*"):
             options["nargs"] = "+"
         if default != "-":
@@ -724,7 +721,7 @@ def run_cli(main):
 
 
 FLAGS = """
---dataset      dataset  toy  which texts
+--dataset      toy|sst2|yelp|wmdp+sciq|splits  toy  which texts
 --data-dir     text     .    directory of the dataset's files
 --seed         int      0    seed of everything that is drawn
 --max-train    count    -    at most this many train retain examples (Yelp: reviews), at random
@@ -735,8 +732,7 @@ FLAGS = """
 
 def main(argv=None):
     """Print Table 1's rows, what is forgotten, and how many test texts are in the train sets."""
-    args = parse_flags("Print Table 1, what is forgotten, and what leaks.", FLAGS, argv,
-                       {"dataset": DATASETS})
+    args = parse_flags("Print Table 1, what is forgotten, and what leaks.", FLAGS, argv)
     splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test)
     if args.save_splits:
         save_splits(splits, args.save_splits)

@@ -9,13 +9,15 @@ n is the number of prompts; the other axes are those of soft_prompt.py.
 import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
@@ -36,8 +38,8 @@ def answer_states(model, prompts, prefix=None):
     states = model.embed_tokens.weight.new_zeros(len(prompts), model.config.hidden_size)
     for batch in batches_by_length(prompts, states.device):
         states[batch.index], _ = model.hidden(batch.tokens, batch.answer_pos, prefix)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(states)
+    if dist.is_initialized():
+        dist.all_reduce(states)
     return states
 
 
@@ -48,25 +50,22 @@ def batches_by_length(prompts, device):
         if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i].ids) > 4096:
             batches.append([])
         batches[-1].append(i)
-    for index in batches[my_share(len(batches))]:
+    for index in my_share(batches):
         yield data.collate(prompts, index, device)
 
 
 @torch.no_grad()
 def predict(model, states):
     """Return a list of the likeliest token of the WHOLE vocabulary for each of states (n,D)."""
-    pred = []
-    for part in states.split(1024):
-        pred += model.lm_head(part).argmax(-1).tolist()
-    return pred
+    parts = [model.lm_head(part).argmax(-1) for part in states.split(1024)]
+    return torch.cat(parts).tolist()
 
 
 def metrics(pred, y):
-    """Return {"n", "acc", "f1"} in percent for predicted tokens pred (n,) and true tokens y (n,).
+    """Return {"n", "acc", "f1"} in percent for lists of n predicted and n true tokens.
 
     Any token except the true label is wrong. F1 is weighted by how often each true label occurs.
     """
-    pred, y = [int(token) for token in pred], [int(token) for token in y]
     f1 = f1_score(y, pred, average="weighted", zero_division=0)
     return {"n": len(y), "acc": round(100 * accuracy_score(y, pred), 2), "f1": round(100 * f1, 2)}
 
@@ -149,20 +148,22 @@ def paper_cells(row):
     model = "OPT-1.3B" if "opt-" in name else "LLaMA-2-13B" if "13b" in name else "LLaMA-2-7B"
     wanted = [model, "sst2" if row["dataset"] == "toy" else row["dataset"], system_name(row)]
     ours = [str(row[key]) for key in ("alpha", "beta", "forget_fraction")]
-    lines = [line.split() for line in PAPER.splitlines()]
-    lines = [line for line in lines if line[:3] == wanted]
-    lines = [line for line in lines if line[3:6] == ours] or lines
-    if not lines:
+    found = []
+    for line in PAPER.splitlines():
+        cells = line.split()
+        if cells[:3] == wanted and (not found or cells[3:6] == ours):
+            found = cells
+    if not found:
         return []
-    title, found = f"*paper,* {model}", lines[0][3:6]
-    if found != ours and "-" not in found:
-        title += f", alpha {found[0]}, beta {found[1]}, tau {found[2]}"
-    return [title, *[pair.replace("/", " / ") for pair in lines[0][6:]]]
+    title = f"*paper,* {model}"
+    if ours != found[3:6] and "-" not in found[3:6]:
+        title += f", alpha {found[3]}, beta {found[4]}, tau {found[5]}"
+    return [title, *[pair.replace("/", " / ") for pair in found[6:]]]
 
 
 def setting(row, key):
     """Return one setting of a row as text, "" if its method has none."""
-    value = row.get(key, row["settings"].get(key))
+    value = (row["settings"] | row).get(key)
     return "" if value is None else Path(value).name if key == "model" else str(value)
 
 
@@ -220,7 +221,7 @@ def efficiency(rows):
 
 def render(lines):
     """Return a table, a list of lines of strings with the header first, as aligned Markdown."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
     rule = ["-" * width for width in widths]
     text = []
     for line in [lines[0], rule, *lines[1:]]:
@@ -235,17 +236,14 @@ COLOURS = {"retain": "#1f6fb4", "forget": "#d1495b"}
 MARKERS = "o^sDvP*X"
 
 
-def new_figure():
-    """Return a matplotlib figure and its two axes side by side."""
+@contextmanager
+def figure(path):
+    """Yield two axes side by side; then write them with one legend below both, as .png."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 3.8), layout="constrained")
-    return fig, fig.subplots(1, 2)
-
-
-def save_figure(fig, path):
-    """Write a figure with one legend below both axes, as .png."""
-    handles, labels = fig.axes[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    yield fig.subplots(1, 2)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
+               frameon=False)
     with atomic_write(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
     print(f"wrote {path}")
@@ -258,16 +256,15 @@ def plot_against(rows, key, path):
                          f"expected only {key}: give unlearn.py's --{key.replace('_', '-')} "
                          "several values")
     groups = sorted(group_rows(rows, [key]).values(), key=lambda group: group[0][key])
-    fig, axes = new_figure()
-    for ax, metric in zip(axes, ("acc", "f1")):
-        for split in data.SPLITS:
-            when, part = split.split("_")
-            x = [group[0][key] for group in groups]
-            y = [mean(row[split][metric] for row in group) for group in groups]
-            style = "o-" if when == "train" else "x--"  # both are visible where they coincide
-            ax.plot(x, y, style, color=COLOURS[part], label=f"{when} {part}")
-        ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
-    save_figure(fig, path)
+    with figure(path) as axes:
+        for ax, metric in zip(axes, ("acc", "f1")):
+            for split in data.SPLITS:
+                when, part = split.split("_")
+                x = [group[0][key] for group in groups]
+                y = [mean(row[split][metric] for row in group) for group in groups]
+                style = "o-" if when == "train" else "x--"  # both are visible where they coincide
+                ax.plot(x, y, style, color=COLOURS[part], label=f"{when} {part}")
+            ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
 
 
 def plot_tsne(setup, path):
@@ -277,32 +274,30 @@ def plot_tsne(setup, path):
     """
     from sklearn.manifold import TSNE
     prompts = setup.prompts["train_forget"][:500] + setup.prompts["train_retain"][:500]
-    fig, axes = new_figure()
-    for ax, title, prefix in zip(axes, ("base", "SPUL"), (None, setup.prefix)):
-        states = answer_states(setup.model, prompts, prefix)
-        tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(prompts) // 4))
-        xy = tsne.fit_transform(states.float().cpu().numpy())  # (n,2)
-        for part, colour in COLOURS.items():
-            for label, marker in zip(setup.task.labels, MARKERS):
-                wanted = (part == "forget", setup.tokens[label])
-                index = [i for i, q in enumerate(prompts) if (q.is_forget, q.label) == wanted]
-                ax.scatter(xy[index, 0], xy[index, 1], s=14, marker=marker, color=colour,
-                           alpha=0.65, linewidths=0, label=f"{part}, {label}")
-        ax.set(title=title, xticks=[], yticks=[])
-    save_figure(fig, path)
+    with figure(path) as axes:
+        for ax, title, prefix in zip(axes, ("base", "SPUL"), (None, setup.prefix)):
+            states = answer_states(setup.model, prompts, prefix)
+            tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(prompts) // 4))
+            xy = tsne.fit_transform(states.float().cpu().numpy())  # (n,2)
+            for part, colour in COLOURS.items():
+                for label, marker in zip(setup.task.labels, MARKERS):
+                    wanted = (part == "forget", setup.tokens[label])
+                    index = [i for i, q in enumerate(prompts) if (q.is_forget, q.label) == wanted]
+                    ax.scatter(*xy[index].T, s=14, marker=marker, color=colour, alpha=0.65,
+                               linewidths=0, label=f"{part}, {label}")
+            ax.set(title=title, xticks=[], yticks=[])
 
 
 def plot_lens(setup, path):
     """Draw what base, retrain and SPUL would answer to the test forget set after each layer."""
-    fig, axes = new_figure()
-    for i, (name, system) in enumerate(load_systems(setup).items()):
-        layers = lens(setup, system)
-        for ax, column in zip(axes, ("among labels", "generic")):
-            ax.plot(range(1, len(layers) + 1), [numbers[column] for numbers in layers], label=name,
-                    marker=MARKERS[i], markersize=11 - 2 * i, fillstyle="none")
-            ax.set(xlabel="layer", ylabel=f"{column} (%)", ylim=(-4, 104))
-            ax.locator_params(axis="x", integer=True)
-    save_figure(fig, path)
+    with figure(path) as axes:
+        for i, (name, system) in enumerate(load_systems(setup).items()):
+            layers = lens(system)
+            for ax, column in zip(axes, ("among labels", "generic")):
+                ax.plot(range(1, len(layers) + 1), [numbers[column] for numbers in layers],
+                        label=name, marker=MARKERS[i], markersize=11 - 2 * i, fillstyle="none")
+                ax.set(xlabel="layer", ylabel=f"{column} (%)", ylim=(-4, 104))
+                ax.locator_params(axis="x", integer=True)
 
 
 # ---- support: single examples ------------------------------------------------------------------
@@ -319,7 +314,6 @@ def print_worst_groups(pred, prompts):
         print(f"answered most on train forget: {', '.join(parts)}")
 
 
-@torch.no_grad()
 def ask(setup, text):
     """Print the five likeliest answers to one text, without and with phi."""
     ids = data.encode_prompt(setup.tokenizer, setup.task, text, setup.args.max_len)
@@ -332,7 +326,6 @@ def ask(setup, text):
         print(f"{name:12}{'   '.join(answers)}")
 
 
-@torch.no_grad()
 def explain(setup):
     """Print what happens to one forget and one retain example: positions, answers, losses."""
     p = len(setup.phi)
@@ -363,16 +356,9 @@ def word(setup, token):
 #
 # A low accuracy on the forget set is not forgetting. The audit compares SPUL with `retrain`, a
 # model that never saw the forget set, and with phi trained on that model, where there is nothing
-# to forget. Then it attacks phi. Each line of its table is a model, a prefix and test prompts.
+# to forget. Then it attacks phi. Each line of its table is a Setup: a model, phi and test prompts.
 
 MAX_AUDIT = 2000    # prompts per split
-
-
-class System(NamedTuple):
-    """A model, phi's keys and values or None, and the prompts it answers (None: the test sets)."""
-    model: torch.nn.Module
-    prefix: list = None
-    prompts: dict = None
 
 
 def audit(run, files):
@@ -384,12 +370,15 @@ def audit(run, files):
             setup = load_run(run, row["files"])
             systems = load_systems(setup)
             for name in ("base", "spul"):
-                layers = [numbers["among labels"] for numbers in lens(setup, systems[name])]
+                layers = [numbers["among labels"] for numbers in lens(systems[name])]
                 best = layers.index(max(layers))
                 print(f"{name}: most right among labels after layer {best + 1} of {len(layers)}, "
                       f"{layers[best]:.1f} %; after the last {layers[-1]:.1f} %")
-            systems |= rephrase(setup, systems) | replace_parts(setup) | tune_adapter(setup)
-            seeds[row["seed"]] = {name: measure(setup, systems[name]) for name in systems}
+            numbers = {name: measure(system) | membership(system)
+                       for name, system in systems.items()}
+            attacks = rephrase(setup) | replace_parts(setup) | tune_adapter(setup)
+            numbers |= {name: measure(attack) for name, attack in attacks.items()}
+            seeds[row["seed"]] = numbers
             write_json(Path(run) / "audit.json", seeds)
     print(audit_table(list(seeds.values())))
 
@@ -398,11 +387,10 @@ def audit_table(seeds):
     """Return the Markdown table of [{line: {column: number}}, one dict per seed]."""
     base, columns = {}, list(seeds[0]["base"])
     lines = [["%", *columns, "in plain words"]]
-    for name in seeds[0]:
-        rows = [seed[name] for seed in seeds]
+    for name, measured in seeds[0].items():
         means, cells = {}, dict.fromkeys(columns, "")
-        for column in rows[0]:
-            values = [row[column] for row in rows]
+        for column in measured:
+            values = [seed[name][column] for seed in seeds]
             means[column], cells[column] = mean(values), mean_std(values)
         base = base or means
         lines.append([name, *cells.values(), verdict(means, base)])
@@ -423,50 +411,44 @@ def verdict(numbers, base):
 
 
 def load_systems(setup):
-    """Return {name: System}: base, retrain, spul, and spul on retrain."""
-    cell = setup.row["cell"].replace("spul-full", "spul-retain")
-    control = find_row(read_rows([setup.run]), cell, setup.row["settings"])
+    """Return {name: Setup}: base, retrain, spul, and spul on retrain."""
+    name = setup.row["cell"].replace("spul-full", "spul-retain")
+    control = find_row(read_rows([setup.run]), setup.row | {"cell": name})
     if control is None:
         raise InputError(f"{setup.run}: no spul row with the settings of {setup.row['files']} on a "
                          "model that never saw the forget set; run unlearn.py again with --base "
                          "full retain, or give another --phi")
-    model = load_base(setup, control["adapter"])
-    return {"base": System(setup.model), "retrain": System(model),
-            "spul": System(setup.model, setup.prefix),
-            "spul on retrain": load_phi(setup, model, control)}
+    retrain = replace(setup, adapter=control["adapter"], phi=None)
+    retrain.model = load_base(retrain)
+    return {"base": replace(setup, phi=None), "retrain": retrain, "spul": setup,
+            "spul on retrain": replace(retrain, phi=load_prompt(setup.run / control["files"]))}
 
 
-def load_phi(setup, model, row):
-    """Return the System of a model behind the phi of a row."""
-    phi = load_prompt(setup.run / row["files"]).to(setup.args.device)
-    return System(model, prompt_kv(model, phi))
+def measure(setup):
+    """Return what a model with its phi answers on the test sets, in percent."""
+    rates = []
+    for split in ("test_forget", "test_retain"):
+        prompts = setup.prompts[split][:MAX_AUDIT]
+        states = answer_states(setup.model, prompts, setup.prefix)
+        rates.append(answer_rates(setup, prompts, states))
+    return rates[0] | {"right on retain": rates[1]["right"]}
 
 
-def measure(setup, system):
-    """Return what a system answers on the test sets, in percent, and two membership AUCs."""
-    prompts = system.prompts or setup.prompts
-    forget, retain = prompts["test_forget"][:MAX_AUDIT], prompts["test_retain"][:MAX_AUDIT]
-    model, rates = system.model, []
-    for part in (forget, retain):
-        states = answer_states(model, part, system.prefix)
-        rates.append(answer_rates(setup, model, part, states))
-    result = rates[0] | {"right on retain": rates[1]["right"]}
-    if not system.prompts:
-        seen = token_scores(setup, system, setup.prompts["train_forget"][:MAX_AUDIT])
-        unseen = token_scores(setup, system, forget)
-        result |= {"AUC loss": auc(seen[0], unseen[0]), "AUC min-k": auc(seen[1], unseen[1])}
-    return result
+def membership(setup):
+    """Return two AUCs in percent of telling train from test forget texts."""
+    seen, unseen = [token_scores(setup, setup.prompts[split][:MAX_AUDIT])
+                    for split in ("train_forget", "test_forget")]
+    return {"AUC loss": auc(seen[0], unseen[0]), "AUC min-k": auc(seen[1], unseen[1])}
 
 
-@torch.no_grad()
-def answer_rates(setup, model, prompts, states):
+def answer_rates(setup, prompts, states):
     """Return how many prompts are answered right, and how likely a generic answer is, in percent.
 
     states: (n,D), what lm_head reads. "among labels": right when only the labels may be said.
     """
     labels = torch.tensor([setup.tokens[label] for label in setup.task.labels])
     generic = [setup.tokens[label] for label in setup.task.generic]
-    probs = model.lm_head(states).float().softmax(-1).cpu()                 # (n,V)
+    probs = setup.model.lm_head(states).float().softmax(-1).cpu()           # (n,V)
     y = torch.tensor([prompt.label for prompt in prompts])                  # (n,)
     return {"right": percent(probs.argmax(-1) == y),
             "among labels": percent(labels[probs[:, labels].argmax(-1)] == y),
@@ -484,44 +466,42 @@ def auc(seen, unseen):
     return 100 * roc_auc_score(is_member, torch.cat([seen, unseen]).numpy())
 
 
-@torch.no_grad()
-def token_scores(setup, system, prompts):
+def token_scores(setup, prompts):
     """Return log h(y|x) and min-k % (Shi et al. 2024) of each prompt, (2,n).
 
     min-k %: the mean log-probability of the least likely 20 % of the text's tokens and the answer.
     """
     result = torch.zeros(2, len(prompts))
     for batch in batches_by_length(prompts, setup.args.device):
-        states, _ = system.model.hidden(batch.tokens, None, system.prefix)      # (B,T,D)
+        states, _ = setup.model.hidden(batch.tokens, None, setup.prefix)        # (B,T,D)
         for i, state in zip(batch.index.tolist(), states):
             target = torch.tensor(prompts[i].ids[1:] + [prompts[i].label], device=state.device)
-            logits = system.model.lm_head(state[:len(target)]).float()          # (T,V)
+            logits = setup.model.lm_head(state[:len(target)]).float()           # (T,V)
             logp = -F.cross_entropy(logits, target, reduction="none")           # (T,)
             lowest = logp.topk(max(1, round(0.2 * len(logp))), largest=False).values
             result[0, i], result[1, i] = logp[-1], lowest.mean()
     return result
 
 
-@torch.no_grad()
-def lens(setup, system):
+def lens(setup):
     """Return `answer_rates` of 200 test forget prompts after each layer, through norm and head."""
-    prompts, model = setup.prompts["test_forget"][:200], system.model
+    prompts, model = setup.prompts["test_forget"][:200], setup.model
     outputs, states = [], []
     hooks = [layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output[0]))
              for layer in model.layers]
     for prompt in prompts:
         outputs.clear()
-        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, system.prefix)
+        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, setup.prefix)
         states.append(torch.cat([x[:, -1] for x in outputs]))               # (layers,D)
     for hook in hooks:
         hook.remove()
     states = model.norm(torch.stack(states, dim=1))                         # (layers,n,D)
-    return [answer_rates(setup, model, prompts, layer) for layer in states]
+    return [answer_rates(setup, prompts, layer) for layer in states]
 
 
-def rephrase(setup, systems):
-    """Return {name: System}: another question for phi, and an instruction in place of phi."""
-    template, spul = setup.task.template, systems["spul"]
+def rephrase(setup):
+    """Return {name: Setup}: another question for phi, and an instruction in place of phi."""
+    template = setup.task.template
     order = f"Answer with {' or '.join(setup.task.labels)}.\n\n### Question"
     names = sorted({prompt.group for prompt in setup.prompts["train_forget"] if prompt.group})
     ignore = f"Answer {setup.task.generic[-1]} if the text is about one of: {', '.join(names)}."
@@ -530,16 +510,16 @@ def rephrase(setup, systems):
     asked = template.replace("### Question", order, 1)
     attacks = {}
     if asked != template:
-        attacks["spul, asked for a label"] = reword(setup, spul, asked)
+        attacks["spul, asked for a label"] = reword(setup, asked)
     if names:
-        attacks["spul, names misspelt"] = reword(setup, spul, template, misspell)
-        attacks["base, names in the prompt"] = reword(setup, systems["base"],
-                                                      f"{ignore}\n\n{template}")
+        attacks["spul, names misspelt"] = reword(setup, template, misspell)
+        base = replace(setup, phi=None)
+        attacks["base, names in the prompt"] = reword(base, f"{ignore}\n\n{template}")
     return attacks
 
 
-def reword(setup, system, template, change=None):
-    """Return the system with test prompts of another template, and of the texts change(prompt)."""
+def reword(setup, template, change=None):
+    """Return the setup with test prompts of another template, and of the texts change(prompt)."""
     task, prompts = setup.task._replace(template=template), {}
     max_len = setup.args.max_len + len(setup.tokenizer.encode(template))  # room for the new words
     for split in ("test_forget", "test_retain"):
@@ -548,7 +528,7 @@ def reword(setup, system, template, change=None):
             text = change(prompt) if change else prompt.text
             ids = data.encode_prompt(setup.tokenizer, task, text, max_len)
             prompts[split].append(prompt._replace(ids=ids))
-    return system._replace(prompts=prompts)
+    return replace(setup, prompts=prompts)
 
 
 def misspell(prompt):
@@ -562,30 +542,30 @@ def misspell(prompt):
 
 
 def replace_parts(setup):
-    """Return {name: System}: phi on weights of another precision, and other phis on the base."""
+    """Return {name: Setup}: phi on weights of another precision, and other phis on the base."""
     systems = {}
     for name in ("unquantised", "8-bit"):
-        model = load_base(setup, setup.adapter, weights=setup.args.dtype)
+        model = load_base(setup, weights=setup.args.dtype)
         for layer in model.layers.modules():
             if name == "8-bit" and isinstance(layer, torch.nn.Linear):
                 scale = layer.weight.abs().amax(1, keepdim=True) / 127  # one per output channel
                 layer.weight.copy_((layer.weight / scale).round() * scale)
-        systems[f"spul, {name} weights"] = System(model, prompt_kv(model, setup.phi))
+        systems[f"spul, {name} weights"] = replace(setup, model=model)
     noise = torch.randn(setup.phi.shape, generator=torch.Generator().manual_seed(0))
-    noise = noise.to(setup.phi) * setup.phi.std()
-    systems["random phi"] = System(setup.model, prompt_kv(setup.model, noise))
+    systems["random phi"] = replace(setup, phi=noise * setup.phi.std())
     for row in spul_rows([setup.run]):
         if row["seed"] != setup.seed:
-            systems["another seed's phi"] = load_phi(setup, setup.model, row)
+            phi = load_prompt(setup.run / row["files"])
+            systems["another seed's phi"] = replace(setup, phi=phi)
             break
     return systems
 
 
 def tune_adapter(setup):
-    """Return {name: System}: the adapter tuned for 20 steps on the true answers of k examples."""
+    """Return {name: Setup}: the adapter tuned for 20 steps on the true answers of k examples."""
     systems = {}
     for k in (1, 16):
-        model = load_base(setup, setup.adapter, trainable=True)
+        model = load_base(setup, trainable=True)
         params = [w for w in model.parameters() if w.requires_grad]
         optimizer = torch.optim.AdamW(params, setup.args.qlora_lr)
         prompts = setup.prompts["train_forget"][:k]
@@ -597,7 +577,7 @@ def tune_adapter(setup):
             optimizer.step()
             optimizer.zero_grad()
         model.requires_grad_(False)
-        systems[f"spul, tuned on {k}"] = System(model, prompt_kv(model, setup.phi))
+        systems[f"spul, tuned on {k}"] = replace(setup, model=model)
     return systems
 
 
@@ -605,14 +585,14 @@ def tune_adapter(setup):
 
 def is_rank_zero():
     """Whether this is the only process, or the first one."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def my_share(n):
-    """Return the slice of n examples of this process: all, unless torchrun started several."""
-    if not torch.distributed.is_initialized():
-        return slice(0, n)
-    return slice(torch.distributed.get_rank(), n, torch.distributed.get_world_size())
+def my_share(values):
+    """Return this process's part of a list or tensor: all, unless torchrun started several."""
+    if not dist.is_initialized():
+        return values
+    return values[dist.get_rank()::dist.get_world_size()]
 
 
 # ---- support: loading a run --------------------------------------------------------------------
@@ -633,8 +613,12 @@ class Setup:
     run: Path = None
     row: dict = None                # of results.json
     adapter: str = None             # directory in the run of the base model's adapter
-    phi: torch.Tensor = None        # (p,D)
-    prefix: list = None             # K, V (1,G,p,d) of each layer
+    phi: torch.Tensor = None        # (p,D); None: the model without a prompt
+
+    @cached_property
+    def prefix(self):
+        """K, V (1,G,p,d) of each layer for phi, or None."""
+        return None if self.phi is None else prompt_kv(self.model, self.phi)
 
 
 def load_data(args, seed, lm):
@@ -646,19 +630,19 @@ def load_data(args, seed, lm):
     return Setup(args, seed, str(lm), tokenizer, task, tokens, prompts)
 
 
-def load_base(setup, adapter=None, trainable=False, weights=None):
-    """Return the frozen model with the adapter in directory run/adapter, as training uses it.
+def load_base(setup, trainable=False, weights=None):
+    """Return the frozen model with setup.adapter (None: the pretrained model), as training uses it.
 
-    adapter None: the pretrained model. With --dense the adapter is merged, unless it is trainable:
-    then only its A and B require gradients. weights: instead of --weights.
+    With --dense the adapter is merged, unless it is trainable: then only its A and B require
+    gradients. weights: instead of --weights.
     """
     args = setup.args
     model = load_model(setup.lm, weights or args.weights, args.device, args.dtype)
     model.checkpointing = args.checkpointing
     if args.dense:
         unpack_nf4(model)
-    if adapter:
-        load_adapter(model, setup.run / adapter)
+    if setup.adapter:
+        load_adapter(model, setup.run / setup.adapter)
         if args.dense and not trainable:
             merge_lora(model)
     if not trainable:
@@ -680,20 +664,18 @@ def read_rows(runs):
     return rows
 
 
-def find_row(rows, cell, settings):
-    """Return the row of this cell with all of these settings, or None."""
+def find_row(rows, cell):
+    """Return the finished row with the name and all settings of this cell, or None."""
     for row in rows:
-        if (row["cell"], row["settings"]) == (cell, settings):
+        if (row["cell"], row["settings"]) == (cell["cell"], cell["settings"]):
             return row
     return None
 
 
 def spul_rows(runs, files=None):
     """Return the spul rows, or only that of the phi in directory `files`. InputError for none."""
-    rows = []
-    for row in read_rows(runs):
-        if system_name(row) == "spul" and files in (None, row["files"]):
-            rows.append(row)
+    rows = [row for row in read_rows(runs)
+            if system_name(row) == "spul" and files in (None, row["files"])]
     if not rows:
         raise InputError(f"{runs[0]} has no finished spul row {files or ''}; run unlearn.py first")
     return rows
@@ -708,16 +690,9 @@ def load_run(run, files=None):
         args.device = "cpu"
     setup = load_data(args, row["seed"], row["lm"])
     setup.run, setup.row, setup.adapter = run, row, row["adapter"]
-    setup.model = load_base(setup, setup.adapter)
-    setup.phi = load_prompt(run / row["files"]).to(args.device)
-    setup.prefix = prompt_kv(setup.model, setup.phi)
+    setup.model = load_base(setup)
+    setup.phi = load_prompt(run / row["files"])
     return setup
-
-
-def fits_dense(lm):
-    """Whether the 4-bit weights of a checkpoint (None: the toy) are unpacked: up to 2 GB."""
-    files = [*Path(lm).glob("*.safetensors"), *Path(lm).glob("*.bin")] if lm else []
-    return sum(file.stat().st_size for file in files) <= 2 * 10 ** 9
 
 
 # ---- support: command line ---------------------------------------------------------------------

@@ -16,7 +16,7 @@ from model import (InputError, Linear4bit, check_shapes, file_name, read_json, r
 class LoraLinear(nn.Module):
     """y = base(x) + alpha/r B A dropout(x). B starts at zero, so nothing changes at first."""
 
-    def __init__(self, base, rank, alpha, dropout=0.0):
+    def __init__(self, base, rank, alpha, dropout):
         super().__init__()
         self.base = base
         self.rank, self.alpha, self.dropout = rank, alpha, dropout

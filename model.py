@@ -7,6 +7,7 @@ or `model.decoder.`. Every loaded weight is frozen.
 import json
 import math
 import os
+import timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,12 @@ def quantize_nf4(w, block_size=64):
     if n % block_size:
         absmax[-1].clamp_(min=1e-38)
         scaled[-1] = blocks[-1] / absmax[-1]
-    midpoints = MIDPOINTS.to(w.device)
-    codes = torch.bucketize(scaled.view(-1), midpoints, out_int32=True).to(torch.uint8)
-    packed = codes[::2] << 4 | codes[1::2]
+    codes = torch.bucketize(scaled.view(-1), MIDPOINTS.to(w.device), out_int32=True)
+    packed = (codes[::2] << 4 | codes[1::2]).to(torch.uint8)
     return packed[:(n + 1) // 2], absmax
 
 
-def dequantize_nf4(packed, absmax, shape, dtype=torch.float32, block_size=64):
+def dequantize_nf4(packed, absmax, shape, dtype, block_size=64):
     """Return the weights of `shape` and `dtype` that `quantize_nf4` packed, scaled in float32."""
     full = F.pad(packed, (0, -len(packed) % (block_size // 2)))  # complete the last block
     values = F.embedding(full.int(), PAIRS.to(packed.device))  # (n/2,2)
@@ -90,27 +90,12 @@ class Linear4bit(nn.Module):
         self.register_buffer("absmax", absmax)
         self.bias = bias
 
-    def dequantize(self, dtype=torch.float32):
+    def dequantize(self, dtype):
         return dequantize_nf4(self.packed, self.absmax, self.shape, dtype)
 
     def forward(self, x):
         y = MatMul4bit.apply(x, self)
         return y if self.bias is None else y + self.bias
-
-
-def unpack_nf4(model, dtype=None):
-    """Replace every Linear4bit by a dense layer with the same values, in place. Returns the model.
-
-    The dense layer needs more memory and unpacks nothing per step. dtype: by default the model's.
-    """
-    dtype = dtype or model.embed_tokens.weight.dtype
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, Linear4bit):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
-            dense.bias = layer.bias
-            model.set_submodule(name, dense)
-    return model
 
 
 # ---- the forward pass --------------------------------------------------------------------------
@@ -155,31 +140,12 @@ def rotate(x, rotary):
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-def gather_answer_position(x, answer_pos):
-    """Return x (B,T,D) at answer_pos (B,) as (B,1,D), or x itself when answer_pos is None."""
-    if answer_pos is None:
-        return x
-    return x[torch.arange(len(x), device=x.device), answer_pos, None]
-
-
-def attention_mask(T, p, answer_pos, device):
-    """Return 0 for each of the p + T keys that a query may see, else -inf: (T,p+T) or (B,1,1,p+T).
-
-    Every query sees phi and the text up to itself, so real tokens never attend to right padding.
-    """
-    query = torch.arange(T, device=device)[:, None]
-    if answer_pos is not None:
-        query = answer_pos[:, None, None, None]
-    is_later = torch.arange(p + T, device=device) > p + query
-    return torch.zeros(is_later.shape, device=device).masked_fill(is_later, -math.inf)
-
-
 class Attention(nn.Module):
     """Causal self-attention over phi's keys and values (`prefix`) and the text's own.
 
-    x (B,T,D) -> (B,T,D) and the text's K, V (B,G,T,d). With answer_pos (B,) only that position
-    is a query: -> (B,1,D). prefix: K, V (1,G,p,d) or None. rotary: (2,T,d) or None. Written out,
-    which on CPUs is also faster than F.scaled_dot_product_attention.
+    x (B,T,D) -> (B,T,D) and x's own K, V (B,G,T,d). x is the text, or in `prompt_kv` phi itself.
+    prefix: phi's K, V (1,G,p,d) or None. rotary: (2,T,d) or None. The softmax is written out, which
+    on CPUs is also faster than F.scaled_dot_product_attention.
     """
 
     def __init__(self, config, out_name, bias):
@@ -192,35 +158,32 @@ class Attention(nn.Module):
         self.out_name = out_name  # LLaMA: o_proj, OPT: out_proj
         self.add_module(out_name, nn.Linear(self.H * self.d, D, bias))
 
-    def forward(self, x, prefix, rotary, answer_pos):
+    def forward(self, x, prefix, rotary):
         B, T, _ = x.shape
-        queries = gather_answer_position(x, answer_pos)                        # (B,S,D)
-        S = queries.shape[1]                                                   # T or 1
-        q = self.q_proj(queries).view(B, S, self.H, self.d).transpose(1, 2)    # (B,H,S,d)
-        k = self.k_proj(x).view(B, T, self.G, self.d).transpose(1, 2)          # (B,G,T,d)
-        v = self.v_proj(x).view(B, T, self.G, self.d).transpose(1, 2)          # (B,G,T,d)
+        q = self.q_proj(x).view(B, T, self.H, self.d).transpose(1, 2)      # (B,H,T,d)
+        k = self.k_proj(x).view(B, T, self.G, self.d).transpose(1, 2)      # (B,G,T,d)
+        v = self.v_proj(x).view(B, T, self.G, self.d).transpose(1, 2)      # (B,G,T,d)
         if rotary is not None:
-            k = rotate(k, rotary)
-            if answer_pos is not None:
-                rotary = rotary[:, answer_pos, None, None]                     # (2,B,1,1,d)
-            q = rotate(q, rotary)
-        text_kv = (k, v)
-        if prefix is not None:
-            k = torch.cat([prefix[0].expand(B, -1, -1, -1), k], dim=2)         # (B,G,p+T,d)
-            v = torch.cat([prefix[1].expand(B, -1, -1, -1), v], dim=2)         # (B,G,p+T,d)
-        # H/G query heads share a key/value head: their queries are the rows of one matrix
-        rows = self.H // self.G * S
-        q = q.reshape(B, self.G, rows, self.d) * self.d ** -0.5                # (B,G,rows,d)
-        scores = (q @ k.mT).view(B, self.H, S, k.shape[2])                     # (B,H,S,p+T)
-        mask = attention_mask(T, k.shape[2] - T, answer_pos, x.device)
-        weights = (scores + mask.to(x.dtype)).softmax(-1)                      # (B,H,S,p+T)
-        y = weights.view(B, self.G, rows, k.shape[2]) @ v                      # (B,G,rows,d)
-        y = y.view(B, self.H, S, self.d).transpose(1, 2).flatten(2)            # (B,S,H*d)
-        return getattr(self, self.out_name)(y), text_kv
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        own_kv = (k, v)
+        if prefix is not None:  # phi: p more keys and values, the same for every example
+            k = torch.cat([prefix[0].expand(B, -1, -1, -1), k], dim=2)     # (B,G,p+T,d)
+            v = torch.cat([prefix[1].expand(B, -1, -1, -1), v], dim=2)     # (B,G,p+T,d)
+        p = k.shape[2] - T
+        # stack the queries of the H/G heads that share a key/value head: one product for all
+        n_rows = self.H // self.G * T
+        q = q.reshape(B, self.G, n_rows, self.d) * self.d ** -0.5          # (B,G,n_rows,d)
+        scores = (q @ k.mT).view(B, self.H, T, p + T)                      # (B,H,T,p+T)
+        # a query sees phi and the text up to itself, so real tokens never see right padding
+        mask = torch.full((T, p + T), -math.inf, dtype=x.dtype, device=x.device).triu(p + 1)
+        weights = (scores + mask).softmax(-1)                              # (B,H,T,p+T)
+        y = weights.view(B, self.G, n_rows, p + T) @ v                     # (B,G,n_rows,d)
+        y = y.view(B, self.H, T, self.d).transpose(1, 2).flatten(2)        # (B,T,H*d)
+        return getattr(self, self.out_name)(y), own_kv
 
 
 class LlamaLayer(nn.Module):
-    """x (B,T,D) -> (B,T,D), or (B,1,D) at answer_pos (B,), and the attention's K, V."""
+    """x (B,T,D) -> (B,T,D) and the attention's K, V."""
 
     def __init__(self, config):
         super().__init__()
@@ -233,9 +196,9 @@ class LlamaLayer(nn.Module):
             "up_proj": nn.Linear(D, width, bias=False),
             "down_proj": nn.Linear(width, D, bias=False)})
 
-    def forward(self, x, prefix, rotary, answer_pos):
-        a, kv = self.self_attn(self.input_layernorm(x), prefix, rotary, answer_pos)
-        x = gather_answer_position(x, answer_pos) + a
+    def forward(self, x, prefix, rotary):
+        a, kv = self.self_attn(self.input_layernorm(x), prefix, rotary)
+        x = x + a
         m = self.post_attention_layernorm(x)
         gate = F.silu(self.mlp.gate_proj(m))  # SwiGLU
         return x + self.mlp.down_proj(gate * self.mlp.up_proj(m)), kv
@@ -253,9 +216,9 @@ class OPTLayer(nn.Module):
         self.fc1 = nn.Linear(D, width)
         self.fc2 = nn.Linear(width, D)
 
-    def forward(self, x, prefix, rotary, answer_pos):
-        a, kv = self.self_attn(self.self_attn_layer_norm(x), prefix, rotary, answer_pos)
-        x = gather_answer_position(x, answer_pos) + a
+    def forward(self, x, prefix, rotary):
+        a, kv = self.self_attn(self.self_attn_layer_norm(x), prefix, rotary)
+        x = x + a
         return x + self.fc2(F.relu(self.fc1(self.final_layer_norm(x)))), kv
 
 
@@ -281,21 +244,19 @@ class LanguageModel(nn.Module):
         return self.lm_head(state)
 
     def hidden(self, tokens, answer_pos=None, prefix=None):
-        """Return the state that lm_head reads, (B,D) or (B,T,D), and each layer's K, V."""
+        """Return the state that lm_head reads, (B,D) or (B,T,D), and each layer's own K, V."""
         p = prefix[0][0].shape[2] if prefix else 0
         x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         x, rotary = self.add_positions(x, p)
         new_kv = []
-        for i, layer in enumerate(self.layers):
-            position = answer_pos if layer is self.layers[-1] else None  # only the answer is read
-            inputs = (x, prefix[i] if prefix else None, rotary, position)
+        for layer, phi_kv in zip(self.layers, prefix or [None] * len(self.layers)):
             if self.checkpointing:
-                x, kv = checkpoint(layer, *inputs, use_reentrant=False)
+                x, kv = checkpoint(layer, x, phi_kv, rotary, use_reentrant=False)
             else:
-                x, kv = layer(*inputs)
+                x, kv = layer(x, phi_kv, rotary)
             new_kv.append(kv)
         if answer_pos is not None:
-            x = x[:, 0]  # (B,D)
+            x = x[torch.arange(len(x), device=x.device), answer_pos]  # (B,D)
         return self.norm(x), new_kv
 
 
@@ -337,6 +298,8 @@ class OPT(LanguageModel):
         return x + self.embed_positions(torch.arange(p, p + T, device=x.device) + 2), None
 
 
+# ---- support: checkpoint files, devices --------------------------------------------------------
+
 def tie_head(model):
     """Use one matrix for embedding and head where config.json says so."""
     if model.config.tie_word_embeddings:
@@ -347,8 +310,6 @@ def build(config):
     """Return a Llama or OPT with random weights (none under `torch.device("meta")`)."""
     return Llama(config) if config.model_type == "llama" else OPT(config)
 
-
-# ---- support: checkpoint files, devices --------------------------------------------------------
 
 def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
     """Return the frozen model of a checkpoint directory. InputError for files that do not fit.
@@ -371,6 +332,21 @@ def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
     tie_head(model)
     return model.eval()
+
+
+def unpack_nf4(model, dtype=None):
+    """Replace every Linear4bit by a dense layer with the same values, in place. Returns the model.
+
+    The dense layer needs more memory and unpacks nothing per step. dtype: by default the model's.
+    """
+    dtype = dtype or model.embed_tokens.weight.dtype
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear4bit):
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+            dense.bias = layer.bias
+            model.set_submodule(name, dense)
+    return model
 
 
 def file_name(model, name):
@@ -505,7 +481,14 @@ def check_device(device):
 
 
 def fast_bf16(device):
-    """Whether the device multiplies bf16 matrices in hardware (recent GPUs; AVX512-BF16)."""
+    """Whether the device multiplies bf16 matrices clearly faster than float32 ones.
+
+    Measured on a CPU: with the same instructions some need half the time, and others twice as long.
+    """
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16")
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        seconds.append(min(timeit.repeat("x @ x", globals={"x": x}, number=1, repeat=9)))
+    return seconds[0] > 1.3 * seconds[1]

@@ -7,7 +7,6 @@ Axes, in every file:
     B examples of a batch    T tokens of a text      p tokens of the soft prompt
     D width of the model     V words                 r rank of LoRA
     H attention heads        G key/value heads       d width of a head
-    S queries: T, or 1 where only the answer is read
 """
 import torch
 import torch.nn.functional as F
@@ -54,15 +53,15 @@ def prepend(phi, embeds):
 
 
 def prompt_kv(model, phi):
-    """Return each layer's keys and values of phi (p,D), (1,G,p,d), with gradient: a `prefix`.
+    """Return `prefix`: for each layer the keys and values (1,G,p,d) of phi (p,D), with gradient.
 
     Attention is causal, so phi at positions 0 ... p-1 never sees the text, and its keys and values
     are the same for every example. `model.Attention` puts them before those of the text, whose
     positions start at p, so the text sees just what it would see behind phi itself. Computed once
-    per step they cost p tokens instead of B*p: with p = 30, B = 32, T = 48 a step processes 1,566
+    per batch they cost p tokens instead of B*p: with p = 30, B = 32, T = 48 a batch has 1,566
     tokens instead of 2,496.
     """
-    embeds = phi.to(model.embed_tokens.weight.dtype)[None]  # (1,p,D)
+    embeds = phi.to(model.embed_tokens.weight)[None]  # (1,p,D), of its dtype and device
     _, prefix = model.hidden(embeds)  # each layer's K, V; the states are not needed
     return prefix
 

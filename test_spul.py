@@ -1011,9 +1011,11 @@ def test_a_baseline_with_tune_lora_trains_only_the_adapter(micro):
 
 def test_every_kind_of_training_runs_in_bf16(micro):
     train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2")
-    vanilla, qlora, spul, ga_gd = read_rows("bf16")
+    vanilla, qlora, *others = read_rows("bf16")
     assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
-    assert spul["train_forget"]["acc"] < qlora["train_forget"]["acc"]
+    log = list(csv.DictReader(open("bf16/log.csv")))
+    assert {row["cell"] for row in others} < {row["stage"] for row in log}
+    assert all(math.isfinite(float(row["loss"])) for row in log)
 
 STUDENT = f"""
 import sys
@@ -1227,9 +1229,9 @@ def test_membership_inference_finds_a_planted_memory_and_nothing_where_there_is_
     rng = random.Random(0)
     prompts = [data.Prompt([rng.randrange(5, 90) for _ in range(12)], rng.randrange(5, 90), True)
                for _ in range(1200)]
-    setup = SimpleNamespace(args=SimpleNamespace(device="cpu"))
-    system = evaluate.System(Memory(prompts[:600] if is_planted else []))
-    seen, unseen = [evaluate.token_scores(setup, system, part)
+    setup = SimpleNamespace(args=SimpleNamespace(device="cpu"), prefix=None,
+                            model=Memory(prompts[:600] if is_planted else []))
+    seen, unseen = [evaluate.token_scores(setup, part)
                     for part in (prompts[:600], prompts[600:])]
     for name, one, two in zip(("loss", "min-k"), seen, unseen):
         found = evaluate.auc(one, two)
@@ -1240,10 +1242,10 @@ def test_the_lens_gives_the_same_numbers_twice_when_the_last_layer_is_the_identi
     last = setup.model.layers[-1]
     for layer in (last.self_attn.o_proj, last.mlp["down_proj"]):
         layer.weight.data.zero_()
-    first, second = evaluate.lens(setup, evaluate.System(setup.model, setup.prefix))
+    first, second = evaluate.lens(setup)
     assert first == pytest.approx(second, abs=1e-4)
     setup = evaluate.load_run("run")
-    first, second = evaluate.lens(setup, evaluate.System(setup.model, setup.prefix))
+    first, second = evaluate.lens(setup)
     assert first != pytest.approx(second, abs=1e-4)
     row = [row for row in read_rows("run") if row["method"] == "spul"][0]
     assert second["right"] == pytest.approx(row["test_forget"]["acc"], abs=0.01)  # all layers

@@ -18,6 +18,7 @@ from typing import Callable, NamedTuple
 
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
@@ -38,8 +39,7 @@ class Method(NamedTuple):
     """
     loss: Callable             # (logits, base_logprobs, y, is_forget, alpha, beta) -> loss, parts
     forget_answer: str         # y of a forget example: "generic" (random) or "true"
-    trains: str                # "prompt": phi; "weights": all, or QLoRA's adapter (--tune lora);
-                               # "adapter": a new one (QLoRA itself)
+    trains: str                # "prompt": phi; "weights": all, or with --tune lora the adapter
     flags: tuple = ()          # which of alpha and beta the loss uses
     sees_retain: bool = True   # False: only forget examples are in the batches
     needs_base: bool = False   # True: the loss gets base_logprobs, else None
@@ -69,29 +69,29 @@ def train(cell, method, model, encoder, prompts, base, args, run):
     """Train phi's encoder, the adapter or all weights: the one loop of QLoRA, SPUL and baselines.
 
     cell: the settings of this training, a dict that becomes its row of results.json. encoder:
-    PromptEncoder, or None to train the model's own trainable parameters. prompts: with y as their
-    label. base: the base model's lm_head and states (n,D), or None. run: the Run that logs and
+    PromptEncoder, or None to train the model's own trainable parameters. prompts: the examples;
+    the label of each is its target y. base: see `gather_base`, or None. run: the Run that logs and
     from which an interrupted training resumes. Returns the row's time and size figures.
     """
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cell["lr"], betas=(0.9, cell["settings"]["beta2"]),
                                   weight_decay=0.001)
-    epochs = cell["settings"]["epochs"]
+    epochs = cell["settings"]["epochs"]  # args.epochs is phi's: see `make_cell`
     first_epoch, seconds = load_checkpoint(run, cell, params, optimizer)
     for epoch in range(first_epoch, epochs):
-        torch.manual_seed(derive_seed(cell, epoch))
+        torch.manual_seed(derive_seed(cell, epoch))  # for QLoRA's dropout
         batches = make_batches(prompts, cell, epoch, args)
-        for i, step_index in enumerate(batches):
+        for i, indices in enumerate(batches):
             start = time.perf_counter()
             step, steps = epoch * len(batches) + i, epochs * len(batches)
             set_learning_rate(optimizer, step, steps, cell["lr"], 0.1 if encoder else 0.05)
-            for index in split_step(step_index, args.batch):
+            for index in split_step(indices, args.batch):  # one part, unless --accumulate is given
                 batch = share_of_process(data.collate(prompts, index, args.device))
-                base_logprobs = gather_base_logprobs(base, batch.index)             # (B,V)
+                base_logprobs = gather_base_logprobs(*base, batch.index) if base else None  # (B,V)
                 prefix = prompt_kv(model, encoder()) if encoder else None
                 with autocast(model, args):
-                    logits = model(batch.tokens, batch.answer_pos, prefix)          # (B,V)
-                scale_gradient(logits, batch.is_forget, step_index, prompts)
+                    logits = model(batch.tokens, batch.answer_pos, prefix)                  # (B,V)
+                scale_gradient(logits, batch.is_forget, indices, prompts)
                 loss, parts = method.loss(logits, base_logprobs, batch.y, batch.is_forget,
                                           cell["alpha"], cell["beta"])
                 loss.backward()
@@ -107,35 +107,17 @@ def train(cell, method, model, encoder, prompts, base, args, run):
             "trainable_params": sum(w.numel() for w in params)}
 
 
-def set_learning_rate(optimizer, step, steps, peak, warmup):
-    """Raise the rate linearly over this share of the steps, then lower it along a cosine."""
-    warmup = max(1, round(warmup * steps))
-    if step < warmup:
-        factor = (step + 1) / warmup
-    else:
-        factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-    optimizer.param_groups[0]["lr"] = peak * factor
-
-
-@torch.no_grad()
-def gather_base_logprobs(base, index):
-    """Return log h(x) (B,V) of these prompts from the base's states, which never change."""
-    if base is None:
-        return None
-    lm_head, states = base
-    return lm_head(states[index]).float().log_softmax(-1)
-
-
 # ---- what a method sees and trains -------------------------------------------------------------
 
 def choose_prompts(method, setup, cell):
-    """Return the prompts that training sees, `forget_fraction` of D_f, with y as their label.
+    """Return the training examples: D_r, then the first `forget_fraction` of D_f.
 
-    y is the true token, or a random generic one on the forget set, drawn in the order of D_f.
+    The label of each is its target y: the true token, or a random generic one on the forget set,
+    drawn once for all epochs. `gather_base` has h(x) in the same order: do not change it.
     """
     if method.forget_answer not in ("generic", "true"):
         raise ValueError(f"forget_answer {method.forget_answer!r}; expected 'generic' or 'true'")
-    forget = setup.prompts["train_forget"]  # in random order
+    forget = setup.prompts["train_forget"]  # `data.load_splits` has shuffled it
     n_seen = max(1, round((cell["forget_fraction"] or 1.0) * len(forget)))
     if method is QLORA and setup.base == "retain":
         n_seen = 0
@@ -144,32 +126,33 @@ def choose_prompts(method, setup, cell):
     prompts = list(setup.prompts["train_retain"]) if method.sees_retain else []
     for prompt in forget[:n_seen]:
         y = rng.choice(generic) if method.forget_answer == "generic" else prompt.label
-        # drawn once, for all epochs. For QLoRA's batches and means, all examples are alike
+        # QLoRA does not tell the two sets apart
         prompts.append(prompt._replace(label=y, is_forget=method is not QLORA))
     return prompts
 
 
 def make_trainable(method, setup, prompts, cell, args):
-    """Return the model to run and the PromptEncoder to train (None: the model itself trains).
+    """Return the model to run, the PromptEncoder to train or None, and what kind of file it makes.
 
-    The baselines start from a copy of the base model: the dequantised 4-bit weights with QLoRA's
-    adapter merged in, as float32, because small steps would be lost in bf16; with --tune lora they
-    train that adapter further.
+    SPUL trains an encoder on the frozen base model. QLoRA adds its adapter to the pretrained model,
+    in place. The baselines start from a copy of the base model: the dequantised 4-bit weights with
+    QLoRA's adapter merged in, as float32, because small steps would be lost in bf16; with
+    --tune lora they train that adapter further, without dropout.
     """
     model = setup.model
     if method.trains == "prompt":
         init = initial_phi(model, prompts, cell["p"]) if args.init == "forget" else None
         encoder = PromptEncoder(cell["p"], model.config.hidden_size, args.hidden, init)
-        return model, encoder.to(args.device)
-    if method.trains == "adapter":  # QLoRA changes setup.model; `prepare` loads it again
+        return model, encoder.to(args.device), "prompt"
+    if method is QLORA:  # `prepare` loads the base model again
         add_lora(model, args.rank, args.lora_alpha, args.lora_dropout, args.targets)
-        return model.train(), None
+        return model.train(), None, "adapter"
     if method.trains != "weights":
         raise ValueError(f"trains {method.trains!r}; expected 'prompt' or 'weights'")
     if args.tune == "full":
         tuned = merge_lora(copy.deepcopy(model), torch.float32)
-        return shard(tuned.requires_grad_(True)), None
-    return evaluate.load_base(setup, setup.adapter, trainable=True), None
+        return shard(tuned.requires_grad_(True)), None, "weights"
+    return evaluate.load_base(setup, trainable=True), None, "adapter"
 
 
 def initial_phi(model, prompts, p):
@@ -187,36 +170,33 @@ def initial_phi(model, prompts, p):
 
 # ---- support: one cell, the base model, the grid -----------------------------------------------
 
-def run_cell(point, setup, args, run):
+def run_cell(setup, args, run, name, **point):
     """Train one cell from setup.model, save and evaluate it. Returns its row, finished or new.
 
-    point: the cell's method name, lr, and those of alpha, beta, p and forget_fraction it uses.
+    name: of the method. point: lr, and those of alpha, beta, p and forget_fraction it uses.
     """
-    cell = make_cell(setup, args, **point)
-    method = QLORA if point["name"] == "qlora" else METHODS[point["name"]]
-    row = run.find(cell)
+    cell = make_cell(setup, args, name, **point)
+    method = METHODS.get(name, QLORA)
+    row = evaluate.find_row(run.rows, cell)
     if row:
         print(f"{cell['cell']} is in {run.results}, and not trained again")
         return row
     torch.manual_seed(derive_seed(cell, "initial values"))
     prompts = choose_prompts(method, setup, cell)
     base = gather_base(setup, method) if method.needs_base else None
-    model, encoder = make_trainable(method, setup, prompts, cell, args)
+    model, encoder, kind = make_trainable(method, setup, prompts, cell, args)
     cell |= train(cell, method, model, encoder, prompts, base, args, run)
     model = unshard(model).requires_grad_(False).eval()
-    with torch.no_grad():
-        phi = encoder() if encoder else None
-        prefix = prompt_kv(model, phi) if encoder else None
-    tunes_adapter = method.trains == "weights" and args.tune == "lora"
-    kind = "adapter" if tunes_adapter else method.trains
+    phi = encoder().detach() if encoder else None
+    prefix = prompt_kv(model, phi) if encoder else None
     cell["files"] = run.directory(kind)
     save_result(model, phi, kind, run.dir / cell["files"], setup.lm)
-    if method is QLORA and args.dense:
+    if method is QLORA and args.dense:  # as `evaluate.load_base` does: the base model
         merge_lora(model)
     states = split_states(model, setup, prefix)
     row = run.finish(cell, evaluate.scores(model, states, setup.prompts))
     if method is QLORA:
-        setup.states = states  # L_KL needs them
+        setup.states = states  # of the base model, for L_KL
     else:
         pred = evaluate.predict(model, states["train_forget"])
         evaluate.print_worst_groups(pred, setup.prompts["train_forget"])
@@ -231,7 +211,10 @@ def split_states(model, setup, prefix=None):
 
 
 def gather_base(setup, method):
-    """Return the base's lm_head and its states (n,D) at the answers, in `choose_prompts`' order."""
+    """Return lm_head and the base's states (n,D) at the answers, in `choose_prompts`' order.
+
+    h(x) never changes, so its states are computed once, and a batch looks them up by its index.
+    """
     if setup.states is None:
         setup.states = split_states(setup.model, setup)
     retain, forget = setup.states["train_retain"], setup.states["train_forget"]
@@ -256,17 +239,17 @@ def prepare(seed, base, args, run):
     print(data.forgotten(setup.prompts))
     setup.base, setup.run, setup.model = base, run.dir, evaluate.load_base(setup)
     vanilla = make_cell(setup, args, "vanilla")
-    if not run.find(vanilla):
+    if not evaluate.find_row(run.rows, vanilla):
         states = split_states(setup.model, setup)
         run.finish(vanilla, evaluate.scores(setup.model, states, setup.prompts))
-    row = run_cell({"name": "qlora", "lr": args.qlora_lr}, setup, args, run)
-    setup.adapter, setup.model = row["files"], evaluate.load_base(setup, row["files"])
+    row = run_cell(setup, args, run, "qlora", lr=args.qlora_lr)
+    setup.adapter = row["files"]
+    setup.model = evaluate.load_base(setup)
     return setup
 
 
 def grid(args):
-    """Return every combination of the list-valued flags that matters to each method, as dicts."""
-    points = []
+    """Yield every combination of the list-valued flags that matters to each method, as dicts."""
     for name in args.method:
         lists = {"forget_fraction": args.forget_fraction, "lr": args.baseline_lr}
         for flag in METHODS[name].flags:
@@ -274,8 +257,7 @@ def grid(args):
         if METHODS[name].trains == "prompt":
             lists |= {"lr": args.lr, "p": args.p}
         for values in itertools.product(*lists.values()):
-            points.append({"name": name} | dict(zip(lists, values)))
-    return points
+            yield {"name": name} | dict(zip(lists, values))
 
 
 def main(argv=None):
@@ -286,7 +268,7 @@ def main(argv=None):
     for seed, base in itertools.product(args.seed, args.base):
         setup = prepare(seed, base, args, run)
         for point in grid(args):
-            run_cell(point, setup, args, run)
+            run_cell(setup, args, run, **point)
     seconds = time.perf_counter() - start
     print(f"\n{evaluate.table(run.rows)}\n\n{run.results}, after {seconds:.0f} s")
     stop_processes()
@@ -301,28 +283,47 @@ def make_batches(prompts, cell, epoch, args):
     return data.epoch_batches(prompts, args.batch * args.accumulate, rng, n_forget)
 
 
-def split_step(step_index, batch):
-    """Return the indices of a step in parts of at most `batch`: one, unless --accumulate is given.
+def split_step(indices, batch_size):
+    """Return the prompt indices of a step in parts of at most batch_size.
 
     With --forget-per-batch, the forget examples are at the end; each part gets its share of them.
     """
-    n_parts = math.ceil(len(step_index) / batch)
-    return [step_index[k::n_parts] for k in range(n_parts)]
+    n_parts = math.ceil(len(indices) / batch_size)
+    return [indices[k::n_parts] for k in range(n_parts)]
 
 
-def scale_gradient(logits, is_forget, step_index, prompts):
-    """Multiply the gradient of each example's logits (B,V) by its `share`, in the backward pass.
+def scale_gradient(logits, is_forget, indices, prompts):
+    """Make backward() multiply the gradient of each example's logits (B,V) by its `share`.
 
-    A loss is a mean over the forget or the retain examples of a part of the step; the objective is
-    the mean over those of the whole step, in all its parts and processes. share = n of the part /
-    n of the step turns one into the other. It is 1 for a step of one part in one process.
+    The loss of a batch averages over its own forget and retain examples; the objective averages
+    over those of the whole step (`indices`), in all parts and processes. So an example's share is
+    the number of its kind in the batch / in the step: 1 without --accumulate and torchrun.
     """
-    step_forget = sum(prompts[i].is_forget for i in step_index)
-    step_retain = len(step_index) - step_forget
+    step_forget = sum(prompts[i].is_forget for i in indices)
+    step_retain = len(indices) - step_forget
     forget_share = is_forget.sum() / max(1, step_forget)
     retain_share = (~is_forget).sum() / max(1, step_retain)
     share = torch.where(is_forget, forget_share, retain_share).to(logits.dtype)[:, None]  # (B,1)
     logits.register_hook(lambda gradient: share * gradient)
+
+
+def set_learning_rate(optimizer, step, steps, peak, warmup):
+    """Raise the rate linearly over this share of the steps, then lower it along a cosine.
+
+    The shares 0.1 for phi and 0.05 for all others are the released code's.
+    """
+    warmup_steps = max(1, round(warmup * steps))
+    if step < warmup_steps:
+        factor = (step + 1) / warmup_steps
+    else:
+        progress = (step - warmup_steps) / (steps - warmup_steps)
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
+    optimizer.param_groups[0]["lr"] = peak * factor
+
+
+def gather_base_logprobs(lm_head, states, index):
+    """Return log h(x) (B,V) of the prompts of a batch, from the base's states (n,D) of all."""
+    return lm_head(states[index]).float().log_softmax(-1)
 
 
 def autocast(model, args):
@@ -334,7 +335,9 @@ def autocast(model, args):
 
 def clip_gradient(params, clip, loss, run, cell):
     """Clip the gradient's norm. InputError when the loss or the norm is not finite."""
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, clip))  # of all processes
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    if is_sharded(norm):
+        norm = norm.full_tensor()  # of all processes
     if not norm.isfinite():
         raise InputError(f"{cell['cell']}: loss {loss.item():g}, gradient norm {norm.item():g}; "
                          f"lower the learning rate (the last finished epoch is in {run.dir})")
@@ -355,7 +358,7 @@ def pretrain_toy(args):
     recipe = dir / "recipe.json"
     if recipe.is_file() and read_json(recipe, "the toy LM's settings") == TOY_LM:
         return dir
-    if torch.distributed.is_initialized():
+    if dist.is_initialized():
         raise InputError(f"{dir}: no toy LM yet; run once without torchrun to pretrain it")
     train_tokenizer(dir / "tokenizer.model")
     tokenizer = data.load_tokenizer(dir)
@@ -412,6 +415,7 @@ BASE_SETTINGS = ("model dataset data_dir weights dtype dense max_len max_train m
                  "generic template batch accumulate clip rank lora_alpha lora_dropout targets "
                  "qlora_lr qlora_epochs").split()
 PROMPT_SETTINGS = "epochs beta2 forget_per_batch hidden init".split()
+# A new flag that changes results belongs into one of these: finished rows are found by them.
 
 
 def make_cell(setup, args, name, **point):
@@ -445,10 +449,6 @@ class Run:
         self.rows = evaluate.read_rows([dir]) if self.results.is_file() else []
         if is_rank_zero():
             write_json(self.dir / "args.json", vars(args))
-
-    def find(self, cell):
-        """Return the finished row with the name and all settings of this cell, or None."""
-        return evaluate.find_row(self.rows, cell["cell"], cell["settings"])
 
     def finish(self, cell, scores):
         """Add a row to results.json and print it. Returns the row."""
@@ -492,17 +492,16 @@ class Run:
 
 
 def derive_seed(cell, purpose):
-    """Return a seed for one purpose: cells of a grid start alike and see the same batches."""
+    """Return a seed that depends on seed, method and purpose: a grid's cells start alike."""
     return data.generator(cell["seed"], f"{cell['method']}/{purpose}").randrange(2 ** 31)
 
 
 def save_checkpoint(run, cell, params, optimizer, epoch, seconds):
-    """Write everything that training needs to resume after `epoch`."""
+    """Write what training needs to resume after `epoch` (not sharded weights: they start over)."""
     if is_rank_zero() and not is_sharded(params[0]):
         with atomic_write(run.checkpoint(cell)) as temporary:
             torch.save({"cell": cell, "epoch": epoch, "seconds": seconds,
-                        "params": [w.detach() for w in params],
-                        "optimizer": optimizer.state_dict()}, temporary)
+                        "params": params, "optimizer": optimizer.state_dict()}, temporary)
 
 
 def load_checkpoint(run, cell, params, optimizer):
@@ -510,7 +509,7 @@ def load_checkpoint(run, cell, params, optimizer):
     path = run.checkpoint(cell)
     if not path.is_file():
         return 0, 0.0
-    state = torch.load(path, weights_only=True, map_location=params[0].device)
+    state = torch.load(path, "cpu", weights_only=True)
     if state["cell"] != cell:
         print(f"{path} has other settings; {cell['cell']} starts from its first epoch")
         return 0, 0.0
@@ -527,7 +526,7 @@ def load_checkpoint(run, cell, params, optimizer):
 PRESETS = ("paper", "small", "toy")
 FLAGS = """
 data
---dataset           dataset  toy  what is learned and forgotten
+--dataset           toy|sst2|yelp|wmdp+sciq|splits  toy  what is learned and forgotten
 --data-dir          text     .    directory of the dataset's files
 --max-train         count    -    at most this many train retain examples (Yelp: reviews)
 --max-test          count    -    at most this many test retain examples (Yelp: reviews)
@@ -538,7 +537,7 @@ data
 model
 --model             text     -    LLaMA or OPT checkpoint directory (the toy: pretrained here)
 --weights           nf4|bf16|fp32  nf4  how the frozen weights are stored
---dense             switch   -    unpack NF4 once (default: on a CPU, up to 2 GB of weights)
+--dense             switch   -    yes  yes  unpack NF4 once: faster steps, more memory
 --dtype             fp32|bf16  -  compute dtype (default: bf16 where the hardware is fast at it)
 --device            text     -    cpu or cuda (default: cuda where there is a GPU)
 --checkpointing     switch   -    recompute layers in the backward pass: less memory, more time
@@ -551,16 +550,16 @@ base model (QLoRA)
 --qlora-lr          float>0  1e-4  5e-4  1e-4  learning rate
 --qlora-epochs      count    -    2    1    epochs (paper: sst2 10, yelp 2, wmdp+sciq 5)
 unlearning (flags with several values make a grid)
---method*           method   spul  how to unlearn
+--method*           METHODS  spul  how to unlearn
 --alpha*            float>=0  1    weight of L_r, Eq. (5)
 --beta*             float>=0  0.5  0.5  1    weight of L_KL, Eq. (5)
 --p*                count    30   30   20   tokens of the soft prompt
---lr*               float>0  1e-4  2e-3  1e-3  learning rate of phi
+--lr*               float>0  1e-4  2e-3  2e-3  learning rate of phi
 --epochs            count    10   4    1    epochs of phi
 --baseline-lr*      float>0  1e-5  1e-5  1e-4  learning rate of the baselines
 --baseline-epochs   count    1    epochs of the baselines
 --forget-fraction*  0<..1    1    part of the forget set that unlearning sees, Table 4
---forget-per-batch  int>=0   -    forget examples per batch; 0 as they come (paper), else 8
+--forget-per-batch  int>=0   0    8    8    forget examples per batch; 0: as they come
 --init              mlp|forget  mlp  forget  forget  where phi starts: encoder or forget tokens
 --hidden            count    128  width of phi's encoder
 --beta2             0..<1    0.999  0.95  0.95  AdamW's beta2 for phi
@@ -581,15 +580,13 @@ PAPER_QLORA_EPOCHS = {"sst2": 10, "yelp": 2, "wmdp+sciq": 5}
 def parse(argv=None):
     """Return the flags, with the preset's values filled in. InputError for impossible ones."""
     title = "Soft prompting for unlearning in language models."
-    choices = {"dataset": data.DATASETS, "method": METHODS}
-    args = data.parse_flags(title, FLAGS, argv, choices)
+    flags = FLAGS.replace("METHODS", "|".join(METHODS))
+    args = data.parse_flags(title, flags, argv)
     preset = args.preset or ("paper" if args.model else "toy")
-    args = data.parse_flags(title, FLAGS, argv, choices, PRESETS.index(preset))
+    args = data.parse_flags(title, flags, argv, PRESETS.index(preset))
     args.preset = preset
     if args.qlora_epochs is None:
         args.qlora_epochs = PAPER_QLORA_EPOCHS.get(args.dataset, 10)
-    if args.forget_per_batch is None:
-        args.forget_per_batch = 0 if preset == "paper" else min(8, args.batch // 2)
     if args.dataset != "toy" and not args.model:
         raise InputError(f"--dataset {args.dataset} needs --model DIR; a small one: hf download "
                          "HuggingFaceTB/SmolLM2-135M-Instruct --local-dir DIR")
@@ -602,8 +599,6 @@ def parse(argv=None):
         torch.set_num_threads(args.threads)
     if args.dtype is None:
         args.dtype = "bf16" if args.model and fast_bf16(args.device) else "fp32"
-    if args.dense is None:
-        args.dense = args.device == "cpu" and evaluate.fits_dense(args.model)
     name = f"{Path(args.model).resolve().name}-{args.dataset}" if args.model else "toy"
     args.out = args.out or f"runs/{name}"
     return args
@@ -616,39 +611,38 @@ def start_processes(args):
     if "WORLD_SIZE" in os.environ:
         if args.device.startswith("cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         if not is_rank_zero():
             sys.stdout = open(os.devnull, "w")
 
 
 def stop_processes():
     """Leave the group of processes, if there is one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share_of_process(batch):
     """Return this process's part of a batch: all of it, unless torchrun started several."""
-    mine = my_share(len(batch.y))
-    return data.Batch(*[field[mine] for field in batch])
+    return data.Batch(*[my_share(field) for field in batch])
 
 
 def sum_gradients(params):
     """Add up the gradients of all processes; each computed its share of the step's objective."""
-    if torch.distributed.is_initialized():
+    if dist.is_initialized():
         for w in params:
             if is_sharded(w):
-                w.grad *= torch.distributed.get_world_size()  # fully_shard has averaged them
+                w.grad *= dist.get_world_size()  # fully_shard has averaged them
             else:
-                torch.distributed.all_reduce(w.grad)
+                dist.all_reduce(w.grad)
 
 
 def shard(model):
     """Spread weights, gradients and optimizer state over the processes (fully_shard), in place."""
-    if torch.distributed.is_initialized():
+    if dist.is_initialized():
         from torch.distributed.fsdp import fully_shard
-        kind, world = model.lm_head.weight.device.type, torch.distributed.get_world_size()
-        mesh = torch.distributed.init_device_mesh(kind, (world,))
+        kind, world = model.lm_head.weight.device.type, dist.get_world_size()
+        mesh = dist.init_device_mesh(kind, (world,))
         for part in (*model.layers, model):
             fully_shard(part, mesh=mesh)
     return model
@@ -659,18 +653,13 @@ def is_sharded(w):
     return hasattr(w, "full_tensor")
 
 
-def full_tensor(w):
-    """Return the complete tensor, gathered from all processes if it is sharded."""
-    return w.full_tensor() if is_sharded(w) else w
-
-
 def unshard(model):
     """Return a sharded model as a complete one in every process."""
     if not is_sharded(model.lm_head.weight):
         return model
     with torch.device("meta"):
         complete = build(model.config)
-    state = {name: full_tensor(w) for name, w in model.state_dict().items()}
+    state = {name: w.full_tensor() for name, w in model.state_dict().items()}
     complete.load_state_dict(state, assign=True)
     tie_head(complete)
     return complete
