@@ -1,8 +1,6 @@
 """From files to batches: prompts, batches, tokenizers, forget and retain sets (Section 4.1).
 
     python data.py --dataset sst2 --data-dir DIR      Table 1, what is forgotten, what leaks
-
-One letter per axis, as in soft_prompt.py: B prompts in a batch, T tokens in the longest of them.
 """
 import argparse
 import csv
@@ -115,12 +113,9 @@ def epoch_batches(prompts, batch, rng, forget_per_batch=0):
 
 
 def cut_by_length(prompts, indices, size):
-    """Return the indices in lists of `size`, each 50 lists' worth sorted by the prompts' length.
-
-    50 lists keep the order random enough, and most of the padding is saved.
-    """
+    """Return the indices in lists of `size`, each 50 lists' worth sorted by the prompts' length."""
     result = []
-    for start in range(0, len(indices), 50 * size):
+    for start in range(0, len(indices), 50 * size):  # 50: random enough, with little padding
         part = sorted(indices[start:start + 50 * size], key=lambda i: len(prompts[i].ids))
         result += [part[k:k + size] for k in range(0, len(part), size)]
     return result

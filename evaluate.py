@@ -486,12 +486,12 @@ def token_scores(setup, prompts):
 def lens(setup):
     """Return `answer_rates` of 200 test forget prompts after each layer, through norm and head."""
     prompts, model = setup.prompts["test_forget"][:200], setup.model
-    outputs, states = [], []
+    prefix, outputs, states = setup.prefix, [], []  # the prefix before there are hooks
     hooks = [layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output[0]))
              for layer in model.layers]
     for prompt in prompts:
         outputs.clear()
-        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, setup.prefix)
+        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, prefix)
         states.append(torch.cat([x[:, -1] for x in outputs]))               # (layers,D)
     for hook in hooks:
         hook.remove()
@@ -501,32 +501,31 @@ def lens(setup):
 
 def rephrase(setup):
     """Return {name: Setup}: another question for phi, and an instruction in place of phi."""
-    template = setup.task.template
+    template, attacks = setup.task.template, {}
     order = f"Answer with {' or '.join(setup.task.labels)}.\n\n### Question"
+    asked = template.replace("### Question", order, 1)
     names = sorted({prompt.group for prompt in setup.prompts["train_forget"] if prompt.group})
     ignore = f"Answer {setup.task.generic[-1]} if the text is about one of: {', '.join(names)}."
     if setup.args.dataset == "toy":  # the instruction that the toy LM knows
         ignore = f"### Ignore: {' '.join(names)}"
-    asked = template.replace("### Question", order, 1)
-    attacks = {}
     if asked != template:
         attacks["spul, asked for a label"] = reword(setup, asked)
     if names:
         attacks["spul, names misspelt"] = reword(setup, template, misspell)
-        base = replace(setup, phi=None)
-        attacks["base, names in the prompt"] = reword(base, f"{ignore}\n\n{template}")
+        ids = setup.tokenizer.encode(f"{ignore}\n\n")
+        words = setup.model.embed_tokens.weight[ids]  # a prompt in words is a phi too
+        attacks["base, names in the prompt"] = replace(setup, phi=words)
     return attacks
 
 
 def reword(setup, template, change=None):
     """Return the setup with test prompts of another template, and of the texts change(prompt)."""
     task, prompts = setup.task._replace(template=template), {}
-    max_len = setup.args.max_len + len(setup.tokenizer.encode(template))  # room for the new words
     for split in ("test_forget", "test_retain"):
         prompts[split] = []
         for prompt in setup.prompts[split][:MAX_AUDIT]:
             text = change(prompt) if change else prompt.text
-            ids = data.encode_prompt(setup.tokenizer, task, text, max_len)
+            ids = data.encode_prompt(setup.tokenizer, task, text, setup.args.max_len)
             prompts[split].append(prompt._replace(ids=ids))
     return replace(setup, prompts=prompts)
 

@@ -1011,10 +1011,9 @@ def test_a_baseline_with_tune_lora_trains_only_the_adapter(micro):
 
 def test_every_kind_of_training_runs_in_bf16(micro):
     train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2")
-    vanilla, qlora, *others = read_rows("bf16")
+    vanilla, qlora, spul, ga_gd = read_rows("bf16")
     assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
-    log = list(csv.DictReader(open("bf16/log.csv")))
-    assert {row["cell"] for row in others} < {row["stage"] for row in log}
+    log = csv.DictReader(open("bf16/log.csv"))
     assert all(math.isfinite(float(row["loss"])) for row in log)
 
 STUDENT = f"""
@@ -1231,8 +1230,7 @@ def test_membership_inference_finds_a_planted_memory_and_nothing_where_there_is_
                for _ in range(1200)]
     setup = SimpleNamespace(args=SimpleNamespace(device="cpu"), prefix=None,
                             model=Memory(prompts[:600] if is_planted else []))
-    seen, unseen = [evaluate.token_scores(setup, part)
-                    for part in (prompts[:600], prompts[600:])]
+    seen, unseen = [evaluate.token_scores(setup, part) for part in (prompts[:600], prompts[600:])]
     for name, one, two in zip(("loss", "min-k"), seen, unseen):
         found = evaluate.auc(one, two)
         assert found >= 95 if is_planted else abs(found - 50) <= 5, name
@@ -1256,8 +1254,8 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
     evaluate.main(["run", "--audit"])
     lines = {line[0]: line for line in table_cells(capsys.readouterr().out)}
     for name in ("base", "retrain", "spul", "spul on retrain", "spul, asked for a label",
-                 "spul, names misspelt", "spul, unquantised weights", "spul, 8-bit weights",
-                 "random phi", "another seed's phi", "spul, tuned on 1", "spul, tuned on 16"):
+                 "spul, names misspelt", "base, names in the prompt", "spul, unquantised weights",
+                 "spul, 8-bit weights", "random phi", "another seed's phi", "spul, tuned on 1"):
         assert len(lines[name]) > 4 and re.search("[a-z]{4}", lines[name][-1]), name
     kept = json.loads(Path("run/audit.json").read_text())
     assert kept.keys() == {"0", "1"}

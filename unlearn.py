@@ -430,6 +430,7 @@ def make_cell(setup, args, name, **point):
         else:
             settings |= {"epochs": args.baseline_epochs, "tune": args.tune,
                          "forget_per_batch": args.forget_per_batch}
+            cell += "-lora" if args.tune == "lora" else ""
         for key, value in point.items():
             mark = "lr" if key == "lr" else key[0]
             cell += f"-{mark}{value:g}"
