@@ -1,14 +1,9 @@
 """The four baselines of Section 4.1, as losses with the signature of `soft_prompt.spul_loss`.
 
-    logits         (B,V)  at the answer position, with gradient
-    base_logprobs  (B,V)  log h(x) of the base model; None for a method that does not use it
-    y              (B,)   target tokens
-    is_forget      (B,)   bool
-
 Each baseline starts from the base model, the 4-bit weights with QLoRA's adapter merged in, and
 trains all of its weights (full fine-tuning); with --tune lora it trains that adapter further
-(`unlearn.make_trainable`). `unlearn.METHODS` says what y holds on the forget set: the true answer,
-or a random generic one.
+(`unlearn.make_trainable`). `unlearn.METHODS` says what y holds on the forget set, the true answer
+or a random generic one, and which losses get base_logprobs; for the others it is None.
 """
 from soft_prompt import cross_entropy, kl_divergence
 

@@ -2,11 +2,16 @@
 
 No weight of the model changes. phi is p learned embeddings, put before the tokens of every query.
 Only the small encoder that computes phi is trained, with three losses (Eq. 2-4; their sum: Eq. 5).
+Where to look:
+    Eq. (2) to (5)                                  spul_loss
+    a batch without forget examples                 mean_over: L_f is 0
+    phi's keys and values enter attention           model.Attention.forward
+    what a method starts from and what it trains    unlearn.make_trainable
+    a method of your own                            unlearn.METHODS
 
-Axes, in every file:
-    B examples of a batch    T tokens of a text      p tokens of the soft prompt
-    D width of the model     V words                 r rank of LoRA
-    H attention heads        G key/value heads       d width of a head
+Axes, in every file: B examples of a batch, T tokens of a text, p tokens of the soft prompt,
+D width of the model, V words, H attention heads, G key/value heads, d width of a head, r rank of
+LoRA.
 """
 import torch
 import torch.nn.functional as F
