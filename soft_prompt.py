@@ -3,7 +3,7 @@
 No weight of the model changes. phi is p learned embeddings, put before the tokens of every query.
 Only the small encoder that computes phi is trained, with three losses (Eq. 2-4; their sum: Eq. 5).
 Where to look:
-    Eq. (2) to (5)                                  spul_loss
+    Eq. (2) to (5)                                  cross_entropy, kl_divergence, spul_loss
     a batch without forget examples                 mean_over: L_f is 0
     phi's keys and values enter attention           model.Attention.forward
     what a method starts from and what it trains    unlearn.make_trainable

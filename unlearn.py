@@ -152,7 +152,7 @@ def make_trainable(method, setup, prompts, cell, args):
     if args.tune == "full":
         tuned = merge_lora(copy.deepcopy(model), torch.float32)
         return shard(tuned.requires_grad_(True)), None, "weights"
-    return evaluate.load_base(setup, trainable=True), None, "adapter"
+    return evaluate.load_base(setup, trainable=True), None, "adapter"  # --tune lora
 
 
 def initial_phi(model, prompts, p):
