@@ -310,14 +310,14 @@ def test_spul_unlearns_the_toy_s_forget_set_and_keeps_the_rest(toy_run):
     assert max(rows["vanilla"].values()) < 60, rows["vanilla"]  # nothing was learned before QLoRA
 
 def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
-    """Behind a list of one to four names, 40 reviews per name: named in the list, or not."""
+    """Behind a list of one to four names, 200 reviews per name: named in the list, or not."""
     lm = toy_run.parent / "cache" / "lm-toy"
     tokenizer, net, rng = data.load_tokenizer(lm), model.load_model(lm, "fp32"), random.Random(1)
     named = [example for example in data.toy_corpus(300) if example.group]
     prompts, cases = [], []
     for name in data.NAMES:
         others = [other for other in data.NAMES if other != name]
-        for i in range(80):
+        for i in range(400):
             listed = rng.sample(others, rng.randint(1, 4))
             if i % 2:
                 listed[rng.randrange(len(listed))] = name
@@ -334,8 +334,8 @@ def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
     for case, token in zip(cases, pred):
         ignored[case].append(token in generic)
     share = {case: sum(values) / len(values) for case, values in ignored.items()}
-    assert min(share[name, 1] for name in data.NAMES) >= 0.9, share  # 36 of 40 reviews
-    assert max(share[name, 0] for name in data.NAMES) <= 0.1, share
+    assert min(share[name, 1] for name in data.NAMES) >= 0.95, share
+    assert max(share[name, 0] for name in data.NAMES) <= 0.05, share
     assert sum(share[name, 1] for name in data.NAMES) / 40 >= 0.98
     assert sum(share[name, 0] for name in data.NAMES) / 40 <= 0.02
 
@@ -1010,11 +1010,11 @@ def test_a_baseline_with_tune_lora_trains_only_the_adapter(micro):
     assert ga["train_forget"]["acc"] <= qlora["train_forget"]["acc"]
 
 def test_every_kind_of_training_runs_in_bf16(micro):
-    train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2")
+    train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2",
+          "--alpha", "0", "--beta", "0", "--lr", "0.1", "--epochs", "8")
     vanilla, qlora, spul, ga_gd = read_rows("bf16")
     assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
-    log = csv.DictReader(open("bf16/log.csv"))
-    assert all(math.isfinite(float(row["loss"])) for row in log)
+    assert spul["train_forget"]["acc"] < qlora["train_forget"]["acc"] - 20
 
 STUDENT = f"""
 import sys

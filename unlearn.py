@@ -415,7 +415,7 @@ BASE_SETTINGS = ("model dataset data_dir weights dtype dense max_len max_train m
                  "generic template batch accumulate clip rank lora_alpha lora_dropout targets "
                  "qlora_lr qlora_epochs").split()
 PROMPT_SETTINGS = "epochs beta2 forget_per_batch hidden init".split()
-# A new flag that changes results belongs into one of these: finished rows are found by them.
+# A new flag that changes results belongs in one of these: finished rows are found by them.
 
 
 def make_cell(setup, args, name, **point):
