@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 import data
@@ -44,10 +43,11 @@ def answer_states(model, prompts, prefix=None):
 
 
 def batches_by_length(prompts, device):
-    """Yield this process's Batches: equally long prompts together, at most 4,096 tokens each."""
+    """Yield this process's Batches: equally long prompts together, about as many as run fastest."""
+    most = 1024 if str(device) == "cpu" else 8192  # tokens; more do not fit a CPU's cache
     batches = [[]]
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
-        if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i].ids) > 4096:
+        if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i].ids) > most:
             batches.append([])
         batches[-1].append(i)
     for index in my_share(batches):
@@ -374,8 +374,9 @@ def audit(run, files):
                 best = layers.index(max(layers))
                 print(f"{name}: most right among labels after layer {best + 1} of {len(layers)}, "
                       f"{layers[best]:.1f} %; after the last {layers[-1]:.1f} %")
-            numbers = {name: measure(system) | membership(system)
-                       for name, system in systems.items()}
+            numbers = {name: measure(system) for name, system in systems.items()}
+            for name in ("base", "retrain", "spul"):
+                numbers[name] |= membership(systems[name])
             attacks = rephrase(setup) | replace_parts(setup) | tune_adapter(setup)
             numbers |= {name: measure(attack) for name, attack in attacks.items()}
             seeds[row["seed"]] = numbers
@@ -477,7 +478,7 @@ def token_scores(setup, prompts):
         for i, state in zip(batch.index.tolist(), states):
             target = torch.tensor(prompts[i].ids[1:] + [prompts[i].label], device=state.device)
             logits = setup.model.lm_head(state[:len(target)]).float()           # (T,V)
-            logp = -F.cross_entropy(logits, target, reduction="none")           # (T,)
+            logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)  # (T,)
             lowest = logp.topk(max(1, round(0.2 * len(logp))), largest=False).values
             result[0, i], result[1, i] = logp[-1], lowest.mean()
     return result

@@ -7,7 +7,6 @@ or `model.decoder.`. Every loaded weight is frozen.
 import json
 import math
 import os
-import timeit
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -478,17 +477,3 @@ def check_device(device):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {device}: no such device here; expected cpu, or cuda on a GPU")
-
-
-def fast_bf16(device):
-    """Whether the device multiplies bf16 matrices clearly faster than float32 ones.
-
-    Measured on a CPU: with the same instructions some need half the time, and others twice as long.
-    """
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    seconds = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(512, 512, dtype=dtype)
-        seconds.append(min(timeit.repeat("x @ x", globals={"x": x}, number=1, repeat=9)))
-    return seconds[0] > 1.3 * seconds[1]

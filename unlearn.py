@@ -26,8 +26,8 @@ import evaluate
 from baselines import ga_gd_loss, ga_kl_loss, ga_loss, rl_loss
 from evaluate import is_rank_zero, my_share
 from lora import add_lora, merge_lora, save_adapter
-from model import (Config, InputError, atomic_write, build, check_device, fast_bf16, read_json,
-                   save_model, tie_head, write_json)
+from model import (Config, InputError, atomic_write, build, check_device, read_json, save_model,
+                   tie_head, write_json)
 from soft_prompt import PromptEncoder, cross_entropy, prompt_kv, save_prompt, spul_loss
 
 
@@ -539,7 +539,7 @@ model
 --model             text     -    LLaMA or OPT checkpoint directory (the toy: pretrained here)
 --weights           nf4|bf16|fp32  nf4  how the frozen weights are stored
 --dense             switch   -    yes  yes  unpack NF4 once: faster steps, more memory
---dtype             fp32|bf16  -  compute dtype (default: bf16 where the hardware is fast at it)
+--dtype             fp32|bf16  -  compute dtype (default: bf16 on a GPU that has it, else fp32)
 --device            text     -    cpu or cuda (default: cuda where there is a GPU)
 --checkpointing     switch   -    recompute layers in the backward pass: less memory, more time
 base model (QLoRA)
@@ -599,7 +599,8 @@ def parse(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.dtype is None:
-        args.dtype = "bf16" if args.model and fast_bf16(args.device) else "fp32"
+        is_fast = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(False)
+        args.dtype = "bf16" if args.model and is_fast else "fp32"
     name = f"{Path(args.model).resolve().name}-{args.dataset}" if args.model else "toy"
     args.out = args.out or f"runs/{name}"
     return args
