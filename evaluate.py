@@ -687,7 +687,7 @@ def load_run(run, files=None):
     args = read_json(run / "args.json", "the flags of a run of unlearn.py", ["device", "data_dir"])
     args = SimpleNamespace(**(args | row["settings"]))
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        args.device = "cpu"
+        args.device, args.dtype = "cpu", "fp32"
     setup = load_data(args, row["seed"], row["lm"])
     setup.run, setup.row, setup.adapter = run, row, row["adapter"]
     setup.model = load_base(setup)
