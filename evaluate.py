@@ -43,8 +43,8 @@ def answer_states(model, prompts, prefix=None):
 
 
 def batches_by_length(prompts, device):
-    """Yield this process's Batches: equally long prompts together, about as many as run fastest."""
-    most = 1024 if str(device) == "cpu" else 8192  # tokens; more do not fit a CPU's cache
+    """Yield this process's Batches: about equally long prompts together, at most `most` tokens."""
+    most = 1024 if str(device) == "cpu" else 8192  # a CPU is fastest while they fit its cache
     batches = [[]]
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
         if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i].ids) > most:
@@ -375,7 +375,7 @@ def audit(run, files):
                 print(f"{name}: most right among labels after layer {best + 1} of {len(layers)}, "
                       f"{layers[best]:.1f} %; after the last {layers[-1]:.1f} %")
             numbers = {name: measure(system) for name, system in systems.items()}
-            for name in ("base", "retrain", "spul"):
+            for name in ("base", "retrain", "spul"):  # retrain: what forgetting would look like
                 numbers[name] |= membership(systems[name])
             attacks = rephrase(setup) | replace_parts(setup) | tune_adapter(setup)
             numbers |= {name: measure(attack) for name, attack in attacks.items()}
@@ -682,7 +682,10 @@ def spul_rows(runs, files=None):
 
 
 def load_run(run, files=None):
-    """Return the Setup of the phi in directory run/files, by default of the newest spul row."""
+    """Return the Setup of the phi in directory run/files, by default of the newest spul row.
+
+    On a machine without a GPU, a run of a GPU is loaded on the CPU, in float32.
+    """
     run, row = Path(run), spul_rows([run], files)[-1]
     args = read_json(run / "args.json", "the flags of a run of unlearn.py", ["device", "data_dir"])
     args = SimpleNamespace(**(args | row["settings"]))
