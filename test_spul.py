@@ -91,9 +91,8 @@ def test_a_part_without_examples_is_zero_and_gradients_are_finite(name, forget):
         assert (value == 0) == (key in absent), key
 
 KINDS = {
-    "llama": {"num_key_value_heads": 4},
-    "llama gqa": {"num_key_value_heads": 2, "rope_theta": 300.0},
-    "opt": {"num_key_value_heads": 4}}
+    "llama": {"num_key_value_heads": 4}, "opt": {"num_key_value_heads": 4},
+    "llama gqa": {"num_key_value_heads": 2, "rope_theta": 300.0}}
 LENGTHS = (12, 7, 3, 1)
 TOKENS = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(1))
 MASK = torch.arange(12) < torch.tensor(LENGTHS)[:, None]  # TOKENS are real up to LENGTHS
@@ -215,14 +214,13 @@ def test_paper_objective_is_kept_by_accumulation(name, n_forget, monkeypatch, tm
     run = SimpleNamespace(log=lambda *columns: None, checkpoint=lambda cell: tmp_path / "none")
     monkeypatch.setattr(unlearn, "save_checkpoint", lambda *state: None)
     for batch, accumulate in ((32, 1), (4, 8)):
-        args = SimpleNamespace(batch=batch, accumulate=accumulate, device="cpu", dtype="fp32",
-                               clip=1.0)
+        args = SimpleNamespace(accumulate=accumulate, device="cpu", dtype="fp32", clip=1.0)
         ours = random_model(kind).requires_grad_(method.trains == "weights")
         torch.manual_seed(0)
         encoder = soft_prompt.PromptEncoder(P, 64) if method.trains == "prompt" else None
         base = ours.lm_head, evaluate.answer_states(ours, prompts)
         cell = {"cell": name, "method": name, "seed": 0, "lr": 1e-4, "alpha": 1.0, "beta": 0.5,
-                "settings": {"epochs": 1, "beta2": 0.999, "forget_per_batch": 0}}
+                "settings": {"epochs": 1, "batch": batch, "beta2": 0.999, "forget_per_batch": 0}}
         unlearn.train(cell, method, ours, encoder, prompts, base, args, run)
     (one,), (eight,) = gradients[1], gradients[8]
     assert one.norm() > 0
@@ -904,8 +902,9 @@ def test_rows_with_other_settings_join_the_run_and_the_table_names_what_differs(
     train("run", "--epochs", "1")
     rows = read_rows("run")
     assert rows[:-1] == before and rows[-1]["epochs"] == 1 and rows[-1]["files"] != "prompt"
+    train("run", "--batch", "8", "--qlora-batch", "16")  # finds the base, which had 16
     train("run", "--rank", "4")
-    assert [row["method"] for row in read_rows("run")][len(rows):] == ["vanilla", "qlora", "spul"]
+    assert [row["settings"]["batch"] for row in read_rows("run")[len(rows):]] == [8, 16, 16, 16]
     header = table_cells(evaluate.table(read_rows("run")))[0]
     assert "epochs" in header and "rank" in header and "lr" not in header
 

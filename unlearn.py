@@ -85,7 +85,7 @@ def train(cell, method, model, encoder, prompts, base, args, run):
             start = time.perf_counter()
             step, steps = epoch * len(batches) + i, epochs * len(batches)
             set_learning_rate(optimizer, step, steps, cell["lr"], 0.1 if encoder else 0.05)
-            for index in split_step(indices, args.batch):  # one part, unless --accumulate is given
+            for index in split_step(indices, cell):  # one part, unless --accumulate is given
                 batch = share_of_process(data.collate(prompts, index, args.device))
                 base_logprobs = gather_base_logprobs(*base, batch.index) if base else None  # (B,V)
                 prefix = prompt_kv(model, encoder()) if encoder else None
@@ -203,11 +203,11 @@ def run_cell(setup, args, run, name, **point):
     return row
 
 
-def split_states(model, setup, prefix=None):
-    """Return {split: states (n,D)} that lm_head reads at the answers of all prompts."""
+def split_states(model, setup, prefix=None, splits=data.SPLITS):
+    """Return {split: states (n,D)} that lm_head reads at the answers of the prompts."""
     with autocast(model, setup.args):
-        return {split: evaluate.answer_states(model, part, prefix)
-                for split, part in setup.prompts.items()}
+        return {split: evaluate.answer_states(model, setup.prompts[split], prefix)
+                for split in splits}
 
 
 def gather_base(setup, method):
@@ -216,7 +216,7 @@ def gather_base(setup, method):
     h(x) never changes, so its states are computed once, and a batch looks them up by its index.
     """
     if setup.states is None:
-        setup.states = split_states(setup.model, setup)
+        setup.states = split_states(setup.model, setup, splits=("train_retain", "train_forget"))
     retain, forget = setup.states["train_retain"], setup.states["train_forget"]
     return setup.model.lm_head, torch.cat([retain, forget]) if method.sees_retain else forget
 
@@ -279,16 +279,16 @@ def main(argv=None):
 def make_batches(prompts, cell, epoch, args):
     """Return the prompt indices of each step of an epoch, batch * accumulate of them per step."""
     rng = data.generator(cell["seed"], f"{cell['method']}/batches/{epoch}")
-    n_forget = cell["settings"]["forget_per_batch"] * args.accumulate
-    return data.epoch_batches(prompts, args.batch * args.accumulate, rng, n_forget)
+    size, n_forget = cell["settings"]["batch"], cell["settings"]["forget_per_batch"]
+    return data.epoch_batches(prompts, size * args.accumulate, rng, n_forget * args.accumulate)
 
 
-def split_step(indices, batch_size):
-    """Return the prompt indices of a step in parts of at most batch_size.
+def split_step(indices, cell):
+    """Return the prompt indices of a step in parts of at most --batch (--qlora-batch).
 
     With --forget-per-batch, the forget examples are at the end; each part gets its share of them.
     """
-    n_parts = math.ceil(len(indices) / batch_size)
+    n_parts = math.ceil(len(indices) / cell["settings"]["batch"])
     return [indices[k::n_parts] for k in range(n_parts)]
 
 
@@ -412,7 +412,7 @@ def build_toy(vocab_size):
 # ---- support: run directories and checkpoints --------------------------------------------------
 
 BASE_SETTINGS = ("model dataset data_dir weights dtype dense max_len max_train max_test labels "
-                 "generic template batch accumulate clip rank lora_alpha lora_dropout targets "
+                 "generic template accumulate clip rank lora_alpha lora_dropout targets "
                  "qlora_lr qlora_epochs").split()
 PROMPT_SETTINGS = "epochs beta2 forget_per_batch hidden init".split()
 # A new flag that changes results belongs in one of these: finished rows are found by them.
@@ -421,10 +421,12 @@ PROMPT_SETTINGS = "epochs beta2 forget_per_batch hidden init".split()
 def make_cell(setup, args, name, **point):
     """Return a row of results.json without its results: a name and all of its settings."""
     settings = {key: getattr(args, key) for key in BASE_SETTINGS}
-    settings |= {"epochs": args.qlora_epochs, "beta2": 0.999, "forget_per_batch": 0}
+    settings |= {"epochs": args.qlora_epochs, "batch": args.qlora_batch or args.batch,
+                 "beta2": 0.999, "forget_per_batch": 0}
     base = None if name == "vanilla" else setup.base
     cell = f"{name}-{base}-s{setup.seed}" if base else f"{name}-s{setup.seed}"
     if name in METHODS:
+        settings["batch"] = args.batch
         if METHODS[name].trains == "prompt":
             settings |= {key: getattr(args, key) for key in PROMPT_SETTINGS}
         else:
@@ -550,6 +552,7 @@ base model (QLoRA)
 --targets*          text     q_proj,v_proj  all  all  linear layers that LoRA adapts, or all
 --qlora-lr          float>0  1e-4  5e-4  1e-4  learning rate
 --qlora-epochs      count    -    2    1    epochs (paper: sst2 10, yelp 2, wmdp+sciq 5)
+--qlora-batch       count    -    examples per batch (default: --batch)
 unlearning (flags with several values make a grid)
 --method*           METHODS  spul  how to unlearn
 --alpha*            float>=0  1    weight of L_r, Eq. (5)
