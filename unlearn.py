@@ -284,7 +284,7 @@ def make_batches(prompts, cell, epoch, args):
 
 
 def split_step(indices, cell):
-    """Return the prompt indices of a step in parts of at most --batch (--qlora-batch).
+    """Return the prompt indices of a step in parts of at most --batch, or of QLoRA's batch.
 
     With --forget-per-batch, the forget examples are at the end; each part gets its share of them.
     """
