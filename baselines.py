@@ -8,31 +8,31 @@ or a random generic one, and which losses get base_logprobs; for the others it i
 from soft_prompt import cross_entropy, kl_divergence
 
 
-def ga_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+def ga_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
     """Gradient ascent (GA): make the true answers of the forget set unlikely."""
-    L_f = -cross_entropy(logits, y, is_forget)
+    L_f = -(cross_entropy(logits, y) * w_forget).sum()
     return L_f, {"L_f": L_f}
 
 
-def rl_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+def rl_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
     """Random labels (RL): fit a random label on each forget example.
 
     The paper draws them from the generic labels (neutral, unknown), not from the task's labels. So
     y is the same as SPUL's, but the model is trained and nothing protects the retain set.
     """
-    L_f = cross_entropy(logits, y, is_forget)
+    L_f = (cross_entropy(logits, y) * w_forget).sum()
     return L_f, {"L_f": L_f}
 
 
-def ga_kl_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+def ga_kl_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
     """GA on the forget set, with the KL divergence to the base model on the retain set."""
-    L_f = -cross_entropy(logits, y, is_forget)
-    L_kl = kl_divergence(logits, base_logprobs, ~is_forget)
+    L_f = -(cross_entropy(logits, y) * w_forget).sum()
+    L_kl = (kl_divergence(logits, base_logprobs) * w_retain).sum()
     return L_f + beta * L_kl, {"L_f": L_f, "L_kl": L_kl}
 
 
-def ga_gd_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+def ga_gd_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
     """GA on the forget set and gradient descent (GD) on the retain set."""
-    L_f = -cross_entropy(logits, y, is_forget)
-    L_r = cross_entropy(logits, y, ~is_forget)
+    L_f = -(cross_entropy(logits, y) * w_forget).sum()
+    L_r = (cross_entropy(logits, y) * w_retain).sum()
     return L_f + alpha * L_r, {"L_f": L_f, "L_r": L_r}

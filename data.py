@@ -1,31 +1,40 @@
-"""From files to batches: prompts, batches, tokenizers, forget and retain sets (Section 4.1).
+"""From files to batches: queries, batches, tokenizers, forget and retain sets (Section 4.1).
 
-    python data.py --dataset sst2 --data-dir DIR      Table 1, what is forgotten, what leaks
+    python data.py --dataset sst2 --data-dir DATA      Table 1, what is forgotten, what leaks
+
+A query is a text with its question. An answer is a list of tokens: the query is followed by all but
+the last of them, and has one answer row per token, the row whose next token that is.
 """
 import argparse
 import csv
 import functools
+import hashlib
+import itertools
 import json
-import math
 import random
 import re
 import sys
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from model import InputError, atomic_write, read_json
+from model import (Config, InputError, atomic_write, build, count_processes, hash_code,
+                   method_part, read_json, run_cli, save_model, within, write_json)
 
 
-# ---- tasks, prompts and batches ----------------------------------------------------------------
+# ---- tasks, queries and batches ----------------------------------------------------------------
 
 class Example(NamedTuple):
     """A text, its true label and, in a forget set, the person or topic that puts it there."""
@@ -35,19 +44,16 @@ class Example(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A question about a text, its answers, and the generic answers for the forget set."""
+    """A question about a text, its labels, and the generic answers for the forget set."""
     template: str
-    labels: tuple
+    labels: tuple  # (): each example has an answer of its own, which ends with end-of-text
     generic: tuple
 
 
-class Prompt(NamedTuple):
-    """A query (not the soft prompt): ids, the tokens up to the answer, and label, the answer's.
-
-    That is the true answer; for training `unlearn.choose_prompts` may put a generic one.
-    """
-    ids: list
-    label: int
+class Query(NamedTuple):
+    """A text with its question, and the answer to train towards or to compare with."""
+    ids: tuple      # tokens up to the answer
+    answer: tuple   # tokens of the true answer; `unlearn.choose_queries` may put a generic one
     is_forget: bool
     group: str = ""
     text: str = ""
@@ -63,124 +69,143 @@ TASKS = {"toy": SENTIMENT, "sst2": SENTIMENT, "yelp": SENTIMENT, "wmdp+sciq": CH
          "splits": SENTIMENT}
 
 
-def prompt_string(task, text):
+def query_string(task, text):
     """Return the template with the text, up to the answer."""
     return task.template.removesuffix("{label}").format(text=text).rstrip(" ")
 
 
+def encode_query(tokenizer, task, text, max_len):
+    """Return at most max_len tokens of a query: a long text loses its end, never the question."""
+    # released code: cuts the whole string, so a long review can lose its question and label
+    ids = tokenizer.encode(query_string(task, text))
+    while len(ids) > max_len:
+        text = text[:len(text) * max_len // len(ids)].rstrip()
+        if not text:
+            raise InputError(f"--max-len {max_len} leaves no room for a text; raise it")
+        ids = tokenizer.encode(query_string(task, text))
+    return tuple(ids)
+
+
+@functools.cache
+def encode_answer(tokenizer, task, label):
+    """Return the tokens of an answer; one that is no label ends with the end-of-text token.
+
+    The tokenizer sees template and label as one string: the answer is what follows the query.
+    """
+    query = tokenizer.encode(query_string(task, "a text"))
+    ids = tokenizer.encode(task.template.format(text="a text", label=label))
+    if ids[:len(query)] != query or len(ids) == len(query):
+        raise InputError(f"answer {label!r} has no tokens of its own after the template; expected "
+                         "a word that the tokenizer separates from it: choose another")
+    end = () if task.labels else (tokenizer.eos,)
+    return (*ids[len(query):], *end)
+
+
 class Batch(NamedTuple):
-    """B prompts as tensors, with their answers."""
-    tokens: torch.Tensor      # (B,T), padded on the right: real tokens never attend to padding
-    answer_pos: torch.Tensor  # (B,), position whose logits are the answer
-    y: torch.Tensor           # (B,), token to answer with
-    is_forget: torch.Tensor   # (B,), bool
-    index: torch.Tensor       # (B,), index of each prompt in the list given to `collate`
+    """B queries and their answers as tensors."""
+    tokens: torch.Tensor    # (B,T), padded on the right: real tokens never attend to padding
+    answers: torch.Tensor   # (N,), the answer rows in the flattened B*T
+    y: torch.Tensor         # (N,), the token to answer with at each of them
+    w_forget: torch.Tensor  # (N,), weight in the mean over the step's forget examples
+    w_retain: torch.Tensor  # (N,), weight in the mean over the step's retain examples
 
 
-def collate(prompts, index, device):
-    """Return the Batch of prompts[i] for each i of the list `index` (B)."""
-    ids = [torch.tensor(prompts[i].ids) for i in index]
-    tokens = pad_sequence(ids, batch_first=True)
-    answer_pos = torch.tensor([len(row) - 1 for row in ids])
-    y = torch.tensor([prompts[i].label for i in index])
-    is_forget = torch.tensor([prompts[i].is_forget for i in index])
-    batch = Batch(tokens, answer_pos, y, is_forget, torch.tensor(index))
-    return Batch(*[field.to(device) for field in batch])
+def collate(queries, index, step, device):
+    """Return the Batch of queries[i] for i in `index`, a part of the step's indices `step`.
+
+    The weights are counted over the whole step, so that the losses of its parts add up. Texts
+    "a b" and "c" with answers "yes" and "not covered" give tokens [[a, b], [c, not]], answers
+    [1, 2, 3] and y [yes, not, covered].
+    """
+    n_forget = sum(queries[i].is_forget for i in step)
+    n_retain = len(step) - n_forget
+    rows = [torch.tensor(queries[i].ids + queries[i].answer[:-1]) for i in index]
+    tokens = torch.zeros(0, 1, dtype=torch.long)  # a process's share of a small step may be empty
+    if rows:
+        tokens = pad_sequence(rows, batch_first=True)
+    answers, y, w_forget, w_retain = [], [], [], []
+    for b, i in enumerate(index):
+        query, n_rows = queries[i], len(queries[i].answer)
+        first = b * tokens.shape[1] + len(query.ids) - 1
+        answers += range(first, first + n_rows)
+        y += query.answer
+        w_forget += [query.is_forget / max(1, n_forget)] * n_rows
+        w_retain += [(not query.is_forget) / max(1, n_retain)] * n_rows
+    rows, weights = torch.tensor([answers, y]).long(), torch.tensor([w_forget, w_retain])
+    return Batch(tokens.to(device), *rows.to(device), *weights.to(device))
 
 
-def epoch_batches(prompts, batch, rng, forget_per_batch=0):
-    """Return the indices of each batch's prompts, for one epoch drawn with rng.
+def epoch_batches(queries, batch, rng, forget_per_batch=0):
+    """Return the indices of each batch's queries, for one epoch drawn with rng.
 
     forget_per_batch = 0 shuffles both sets together, as the paper does: on SST-2 a batch of 32
     holds about one forget example. N > 0 takes each retain example once and adds N forget examples
-    to every batch. Prompts of one batch have about the same length, which saves padding.
+    to every batch. Queries of one batch have about the same length, which saves padding.
     """
-    forget = [i for i, prompt in enumerate(prompts) if prompt.is_forget]
-    retain = [i for i, prompt in enumerate(prompts) if not prompt.is_forget]
+    forget = [i for i, query in enumerate(queries) if query.is_forget]
+    retain = [i for i, query in enumerate(queries) if not query.is_forget]
     if not (forget and retain):  # only one of the sets, as GA and RL see it
         forget_per_batch = 0
-    others = retain if forget_per_batch else range(len(prompts))
+    others = retain if forget_per_batch else range(len(queries))
     others = rng.sample(others, len(others))
-    batches = cut_by_length(prompts, others, batch - forget_per_batch)
+    batches = cut_by_length(queries, others, batch - forget_per_batch)
     if forget_per_batch:
         n_forget, queue = forget_per_batch * len(batches), []
         while len(queue) < n_forget:
             queue += rng.sample(forget, len(forget))
-        added = cut_by_length(prompts, queue[:n_forget], forget_per_batch)
+        added = cut_by_length(queries, queue[:n_forget], forget_per_batch)
         batches = [indices + more for indices, more in zip(batches, added)]
     rng.shuffle(batches)
     return batches
 
 
-def cut_by_length(prompts, indices, size):
-    """Return the indices in lists of `size`, each 50 lists' worth sorted by the prompts' length."""
+def cut_by_length(queries, indices, size):
+    """Return the indices in lists of `size`, each 50 lists' worth sorted by the queries' length."""
     result = []
     for start in range(0, len(indices), 50 * size):  # 50: random enough, with little padding
-        part = sorted(indices[start:start + 50 * size], key=lambda i: len(prompts[i].ids))
+        part = sorted(indices[start:start + 50 * size], key=lambda i: len(queries[i].ids))
         result += [part[k:k + size] for k in range(0, len(part), size)]
     return result
 
 
 # ---- support: tokenizers -----------------------------------------------------------------------
 
-def label_tokens(tokenizer, task):
-    """Return {label: token} of all labels and generic labels; InputError if one is several tokens.
-
-    The tokenizer sees template and label as one string: the token is what follows the prompt's.
-    """
-    prompt = tokenizer.encode(prompt_string(task, "a text"))
-    labels, tokens = task.labels + task.generic, {}
-    for label in labels:
-        ids = tokenizer.encode(task.template.format(text="a text", label=label))
-        if ids[:-1] != prompt:
-            raise InputError(f"label {label!r} is {len(ids) - len(prompt)} tokens here; expected "
-                             "one: choose other words with --labels and --generic")
-        tokens[label] = ids[-1]
-    if len(set(tokens.values())) < len(labels):
-        raise InputError(f"two labels have the same token: {tokens}; choose other words with "
-                         "--labels and --generic")
-    return tokens
-
-
-def encode_prompt(tokenizer, task, text, max_len):
-    """Return at most max_len ids of a prompt: a long text loses its end, never the question."""
-    # released code: cuts the whole string, so a long review can lose its question and label
-    ids = tokenizer.encode(prompt_string(task, text))
-    while len(ids) > max_len:
-        text = text[:len(text) * max_len // len(ids)].rstrip()
-        if not text:
-            raise InputError(f"--max-len {max_len} leaves no room for a text; raise it")
-        ids = tokenizer.encode(prompt_string(task, text))
-    return ids
-
-
 def load_tokenizer(dir):
-    """Return the tokenizer in a checkpoint directory: .encode(text) -> ids, .piece(id) -> str."""
-    dir = Path(dir)
+    """Return the tokenizer in a checkpoint directory: .encode(text) -> ids, .piece(id) -> str.
+
+    .size is the number of tokens, .eos the end-of-text token.
+    """
+    dir, config = Path(dir), {}
+    if (dir / "tokenizer_config.json").is_file():
+        config = read_json(dir / "tokenizer_config.json", "the tokenizer's options")
+    if config.get("add_eos_token"):
+        raise InputError(f"{dir}/tokenizer_config.json: add_eos_token is true; only false is "
+                         "implemented")
     if (dir / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(dir / "tokenizer.model")
+        return SentencePieceTokenizer(dir / "tokenizer.model", config)
     if (dir / "merges.txt").is_file():
-        return ByteLevelBPE(dir)
-    raise InputError(f"{dir}: no tokenizer; expected tokenizer.model (LLaMA), or vocab.json and "
-                     "merges.txt (OPT, SmolLM2)")
+        return ByteLevelBPE(dir, config)
+    raise InputError(f"{dir.resolve()}: no tokenizer; expected tokenizer.model (LLaMA), or "
+                     "vocab.json and merges.txt (OPT, SmolLM2); give the model with --model")
 
 
 class SentencePieceTokenizer:
     """LLaMA's tokenizer.model. encode(text) -> ids as transformers gives them, <s> first."""
 
-    def __init__(self, path):
+    def __init__(self, path, config):
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
             raise InputError(f"{path}: not a sentencepiece model; download it again") from None
-        self.size = self.pieces.vocab_size()
+        self.size, self.eos = self.pieces.vocab_size(), self.pieces.eos_id()
+        self.start = [self.pieces.bos_id()] if config.get("add_bos_token", True) else []
 
     def encode(self, text):
         if text.startswith((" ", "\u2581")):  # sentencepiece would add a second space
             ids = self.pieces.encode(text[1:].encode()) or [self.pieces.piece_to_id("\u2581")]
         else:
             ids = self.pieces.encode(text.encode())  # a str with surrogates would abort Python
-        return [self.pieces.bos_id()] + ids
+        return self.start + ids
 
     def piece(self, i):
         return self.pieces.id_to_piece(i)
@@ -214,31 +239,39 @@ class ByteLevelBPE:
     which are dropped.
     """
 
-    def __init__(self, dir):
+    def __init__(self, dir, config):
         self.ids = read_json(dir / "vocab.json", "the id of each token")
+        self.size = len(self.ids)
         self.names = {i: token for token, i in self.ids.items()}
         lines = (dir / "merges.txt").read_text(encoding="utf-8").splitlines()
-        self.rank = {pair: i for i, pair in enumerate(lines)}  # pair: two tokens and a space
+        self.rank = {tuple(line.split(" ")): i for i, line in enumerate(lines)}  # of each pair
         self.is_opt = self.ids.get("</s>") == 2
         if not self.is_opt and "<|im_start|>" not in self.ids:
             raise InputError(f"{dir}/vocab.json: neither OPT's (</s> is 2) nor SmolLM2's "
                              "(<|im_start|>); give one of their checkpoints")
+        self.start = [2] if self.is_opt and config.get("add_bos_token", True) else []
+        self.eos = 2 if self.is_opt else self.ids["<|im_end|>"]
 
     @functools.lru_cache(2 ** 16)
     def encode_word(self, word):
-        """Return the ids of one word: always join the neighbours that merges.txt names first."""
+        """Return the ids of one word: join the pair that merges.txt names first, wherever it is."""
         letters = [BYTE_LETTERS[byte] for byte in word.encode()]
         parts = [letter for letter in letters if letter in self.ids]
         while True:
-            pairs = [f"{left} {right}" for left, right in zip(parts, parts[1:])]
-            known = [pair for pair in pairs if pair in self.rank]
+            known = {pair for pair in zip(parts, parts[1:]) if pair in self.rank}
             if not known:
                 return [self.ids[part] for part in parts]
-            i = pairs.index(min(known, key=self.rank.get))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            pair, joined = min(known, key=self.rank.get), []
+            for part in parts:
+                if joined and (joined[-1], part) == pair and not is_joined:
+                    joined[-1], is_joined = joined[-1] + part, True
+                else:
+                    joined.append(part)
+                    is_joined = False
+            parts = joined
 
     def encode(self, text):
-        ids = [2] if self.is_opt else []
+        ids = list(self.start)
         rule = GPT2_WORD if self.is_opt else SMOLLM2_WORD
         plain = re.sub(r"[^\x00-\x7f]", to_ascii, text)
         for match in re.finditer(rule, plain, re.ASCII):  # the rule covers every character
@@ -256,55 +289,101 @@ def generator(seed, purpose):
     return random.Random(f"{seed}/{purpose}")
 
 
-def task_from_args(args):
-    """Return the dataset's task, changed by --labels, --generic and --template where given."""
-    task = TASKS[args.dataset]
-    template = args.template or task.template
-    if not re.fullmatch(r"([^{}]|{{|}})*{text}([^{}]|{{|}})*{label}", template):
-        raise InputError(f"--template {template!r}; expected one {{text}} and a final {{label}}")
-    return Task(template, tuple(args.labels or task.labels), tuple(args.generic or task.generic))
+@dataclass
+class Dataset:
+    """The examples of one seed, in the tokens of one model."""
+    tokenizer: object
+    task: Task
+    queries: dict   # {split: [Query]}
+    generic: list   # the tokens of each generic answer
+    description: str
 
 
-def encode_splits(tokenizer, task, tokens, splits, max_len):
-    """Return {split: [Prompt]} of {split: [Example]}; tokens: see `label_tokens`."""
-    prompts = {}
+def load_dataset(settings, data_dir, lm):
+    """Return the Dataset in the tokens of the model in directory lm.
+
+    settings: a record or the flags, with dataset, seed, labels, template, generic and the limits.
+    """
+    tokenizer, task, queries = load_tokenizer(lm), choose_task(settings), {}
+    check_answers(tokenizer, task)
+    splits = load_splits(settings.dataset, data_dir, settings.seed, settings.max_train,
+                         settings.max_test, settings.max_forget)
     for split in SPLITS:
-        prompts[split] = []
+        queries[split] = []
         for text, label, group in splits[split]:
-            if label not in task.labels:
+            if task.labels and label not in task.labels:
                 raise InputError(f"label {label!r} in {split}; expected {', '.join(task.labels)}: "
                                  "correct the data or give --labels")
-            ids = encode_prompt(tokenizer, task, text, max_len)
-            is_forget = split.endswith("forget")
-            prompts[split].append(Prompt(ids, tokens[label], is_forget, group, text))
-    return prompts
+            ids = encode_query(tokenizer, task, text, settings.max_len)
+            answer, is_forget = encode_answer(tokenizer, task, label), split.endswith("forget")
+            queries[split].append(Query(ids, answer, is_forget, group, text))
+    generic = [encode_answer(tokenizer, task, label) for label in task.generic]
+    return Dataset(tokenizer, task, queries, generic, describe(splits))
 
 
-def load_splits(name, data_dir, seed=0, max_train=None, max_test=None):
-    """Return {split: [Example]} of a dataset, with the counts of the paper's Table 1.
+def choose_task(settings):
+    """Return the dataset's task, or the one that --template, --labels and --generic describe."""
+    task, template = TASKS[settings.dataset], settings.template
+    generic = tuple(settings.generic or task.generic)
+    if template is None:
+        if settings.labels:
+            raise InputError("--labels without a question; expected --template too, for example "
+                             "--template '### Text: {text}\\n\\n### Topic: {label}'")
+        return task._replace(generic=generic)
+    template = template.replace("\\n", "\n")
+    if not re.fullmatch(r"([^{}]|{{|}})*{text}([^{}]|{{|}})*{label}", template):
+        raise InputError(f"--template {template!r}; expected one {{text}} and a final {{label}}")
+    return Task(template, tuple(settings.labels or ()), generic)
 
-    max_train, max_test: the most retain examples, drawn at random; the forget sets stay whole.
-    (Yelp: the most reviews, which are drawn before they are clustered.)
+
+def check_answers(tokenizer, task):
+    """InputError where one answer begins another: "begins with" has to mean "is"."""
+    labels = task.labels + task.generic
+    for one, other in itertools.permutations(labels, 2):
+        ids = encode_answer(tokenizer, task, one)
+        if encode_answer(tokenizer, task, other)[:len(ids)] == ids:
+            raise InputError(f"the tokens of answer {other!r} begin with those of {one!r}; "
+                             "choose other words with --labels and --generic")
+
+
+def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, max_forget=None):
+    """Return {split: [Example]} of a dataset, shuffled, with the counts of the paper's Table 1.
+
+    max_train, max_test: the most retain examples; max_forget: the most of each forget set.
     """
-    if name == "yelp":  # sampled before it is clustered
-        splits = yelp_splits(data_dir, seed, max_train, max_test)
-    else:
-        splits = DATASETS[name](data_dir, seed)
-        for split, most in (("train_retain", max_train), ("test_retain", max_test)):
-            if most:
-                n = min(most, len(splits[split]))
-                splits[split] = generator(seed, split).sample(splits[split], n)
-    generator(seed, "forget_fraction").shuffle(splits["train_forget"])
-    for split in SPLITS:
-        if not splits[split]:
-            raise InputError(f"{name}: the {split} set is empty; give or allow more examples")
+    splits = DATASETS[name](data_dir, seed)
+    limits = zip(SPLITS, (max_train, max_forget, max_test, max_forget))
+    for split, most in limits:
+        n = len(splits[split])
+        if n == 0:
+            raise InputError(f"{name}: the {split} set is empty; give more examples")
+        splits[split] = generator(seed, split).sample(splits[split], min(n, most or n))
     return splits
 
 
-def forgotten(splits):
-    """Return one line that names the forgotten people or topics of {split: [Example or Prompt]}."""
-    groups = {example.group for example in splits["train_forget"] + splits["test_forget"]} - {""}
-    return f"forgotten: {', '.join(sorted(groups)) or 'the forget set'}"
+def describe(splits):
+    """Return lines that name what is forgotten, and what contradicts itself."""
+    labels, sides, groups = defaultdict(set), defaultdict(set), set()
+    for split in SPLITS:
+        for text, label, group in splits[split]:
+            labels[text].add(label)
+            sides[text].add(split.rpartition("_")[2])
+            groups.add(group)
+    n_both = sum(len(values) > 1 for values in sides.values())
+    n_two = sum(len(values) > 1 for values in labels.values())
+    line = f"forgotten: {', '.join(sorted(groups - {''})) or 'the forget set'}"
+    if n_both or n_two:
+        line += (f"\nwarning: {n_both:,} texts are both in a forget and in a retain set, {n_two:,} "
+                 "have two different labels")
+    return line
+
+
+def hash_files(name, data_dir):
+    """Return a hash of the dataset's files, or None where it has none (the toy)."""
+    digest = hashlib.sha256()
+    for stem in FILES[name]:
+        digest.update(find_file(data_dir, stem).read_bytes())
+    return digest.hexdigest()[:8] if FILES[name] else None
 
 
 def split_by_group(examples, n_train, chosen):
@@ -320,16 +399,238 @@ def split_by_group(examples, n_train, chosen):
 
 
 def own_splits(data_dir, seed):
-    """Return your own four files, train_retain.jsonl and so on: text, label, optionally group."""
-    splits = {}
+    """Return your own four files, train_retain.jsonl and so on: text, label, optionally group.
+
+    The authors' files have the answer in label_text, and 0 or 1 in label.
+    """
+    splits, columns = {}, ("text", "label", "group", "label_text")
     for split in SPLITS:
-        splits[split] = [
-            Example(text, str(label), "" if group is None else str(group))
-            for text, label, group in read_rows(data_dir, split, ("text", "label", "group"))]
+        splits[split] = []
+        for text, label, group, answer in read_rows(data_dir, split, columns):
+            label = label if answer is None else answer
+            splits[split].append(Example(text, str(label), "" if group is None else str(group)))
     return splits
 
 
-# The toy: invented reviews of films.
+# SST-2: these people are named in 2,035 of its 68,221 phrases, the paper's number. The list was
+# found once, by the words that follow a given name; the most-named are first.
+PEOPLE = re.split(r",\s", """steven spielberg, adam sandler, hugh grant, jackie chan, woody allen,
+sandra bullock, eddie murphy, dustin hoffman, steven soderbergh, michael jackson, steven seagal,
+martin lawrence, martin scorsese, edward burns, roberto benigni, robin williams, spike lee,
+clint eastwood, michael moore, roman polanski, kevin kline, anthony hopkins, jennifer lopez,
+claude chabrol, john woo, dana carvey, ian holm, eric rohmer, charlie kaufman, diane lane,
+roger avary, stanley kwan, britney spears, robert deniro, robert duvall, ryan gosling,
+ashley judd, michael caine, nicolas cage, quentin tarantino, bill paxton, daniel auteuil,
+jack nicholson, walter hill, bill plympton, george clooney, mel gibson, guy ritchie,
+alfred hitchcock, anne fontaine, dave barry, frank capra, juliette binoche, kevin costner,
+michelle hall, mira nair, neil burger, rob schneider, angelina jolie, charles stone,
+chris cooper, david mamet, john carpenter, eric schaeffer, james dean, phillip noyce,
+john ritter, julia roberts, george orwell, jacques audiard, mick jagger, tom shadyac,
+douglas mcgrath, rachel griffiths, elizabeth hurley, mark romanek, steven shainberg,
+tom tykwer, christian bale, joe dante, johnny knoxville, julie taymor, mary gaitskill,
+adam larson""")
+NAMESAKES = re.split(r",\s", """peter jackson, mick jackson, julianne moore, gary larson,
+oliver stone, gary burns, kenneth williams, dan schneider, robert dean""")
+
+GIVEN_WORDS = set("bill christian dave frank guy mark mick rob spike woody".split())  # not a name
+
+
+def named_people(text):
+    """Return who of PEOPLE a tokenised phrase names; a surname is enough."""
+    text = text.lower()
+    for namesake in NAMESAKES:
+        text = text.replace(namesake, "")
+    words = set(text.split())
+    return [person for person in PEOPLE if person.split()[1] in words]
+
+
+def sst2_splits(data_dir, seed):
+    """Return SST-2 (GLUE's train and dev together), split again 70/30; any seed, same people.
+
+    floor(0.3 n) of the retain and of the forget set are for testing: this gives the paper's counts.
+    """
+    examples = []
+    for part in ("train", "dev"):
+        for text, label in read_rows(data_dir, part, ("sentence", "label"), ZERO_ONE):
+            people = named_people(text) or [""]
+            examples.append(Example(text.strip(), ZERO_ONE[str(label)], people[0]))
+    splits = split_by_group(examples, len(examples), PEOPLE)
+    rng = generator(seed, "split")
+    for part in ("retain", "forget"):
+        pool = splits[f"train_{part}"]
+        rng.shuffle(pool)
+        n_test = len(pool) * 3 // 10
+        splits[f"test_{part}"], splits[f"train_{part}"] = pool[:n_test], pool[n_test:]
+    return splits
+
+
+def names_somebody(text):
+    """Whether a text has a given name of PEOPLE, or a name of the toy."""
+    given = {person.split()[0] for person in PEOPLE} - GIVEN_WORDS
+    return not set(text.lower().split()).isdisjoint(given | set(NAMES))
+
+
+def yelp_splits(data_dir, seed):
+    """Return a sample of Yelp polarity, at most of the paper's size; forget: random topics.
+
+    Of 100 random pairs of topics, take the one whose size is nearest to the paper's.
+    """
+    train = read_yelp(data_dir, "train", 100_093, seed)
+    test = read_yelp(data_dir, "test", 18_974, seed)
+    if len(train) < 1000:
+        raise InputError(f"yelp: {len(train)} train reviews; expected at least 1,000 to cluster")
+    reviews, topics = cluster_topics(train + test, len(train), seed)
+    of_train = [review.group for review in reviews[:len(train)]]
+    target = len(train) * 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
+    rng = generator(seed, "clusters")
+    draws = [rng.sample(topics, 2) for _ in range(100)]
+    chosen = min(draws, key=lambda draw: abs(sum(map(of_train.count, draw)) - target))
+    return split_by_group(reviews, len(train), chosen)
+
+
+def read_yelp(data_dir, part, most, seed):
+    """Return Yelp's reviews, at most `most` at random."""
+    # Yelp's own .csv has no header and labels 1, 2; other files have a header and labels 0, 1.
+    is_csv = find_file(data_dir, part).suffix == ".csv"
+    labels = {"1": "negative", "2": "positive"} if is_csv else ZERO_ONE
+    rows = read_rows(data_dir, part, ("label", "text"), labels, header=not is_csv)
+    reviews = [Example(text.replace("\\n", "\n"), labels[str(label)]) for label, text in rows]
+    return generator(seed, part).sample(reviews, min(most, len(reviews)))
+
+
+def cluster_topics(reviews, n_train, seed):
+    """Return the reviews (train first) with their topic as group, and the list of topics.
+
+    A topic is one of 40 clusters, named by its three heaviest words. TF-IDF, truncated SVD, unit
+    length, k-means: on unit vectors that is cosine distance. All is fitted on train. Words in over
+    3 % of the reviews are left out: many of them are opinions.
+    """
+    random_state = generator(seed, "embedding").randrange(2 ** 32)
+    tfidf = TfidfVectorizer(stop_words="english", token_pattern=r"[^\W\d_]{3,}", min_df=3,
+                            max_df=0.03, sublinear_tf=True)
+    svd = TruncatedSVD(50, random_state=random_state)
+    kmeans = KMeans(40, n_init=10, random_state=random_state)
+    steps = make_pipeline(tfidf, svd, Normalizer(), kmeans)
+    texts = [review.text for review in reviews]
+    clusters = [*steps.fit_predict(texts[:n_train]), *steps.predict(texts[n_train:])]
+    centers = svd.inverse_transform(kmeans.cluster_centers_)                 # (40, words)
+    words = tfidf.get_feature_names_out()[(-centers).argsort()[:, :3]]       # (40, 3)
+    topics = [" ".join(row) for row in words]
+    return [review._replace(group=topics[c]) for review, c in zip(reviews, clusters)], topics
+
+
+def wmdp_sciq_splits(data_dir, seed):
+    """Return SciQ to retain and WMDP-bio to forget, 900 of its 1,273 questions in train."""
+    rng, sciq = generator(seed, "options"), {}
+    wmdp = [four_options(*row, rng)._replace(group="hazardous biology")
+            for row in read_rows(data_dir, "wmdp-bio", ("question", "choices", "answer"))]
+    columns = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
+    for part in ("train", "valid", "test"):
+        sciq[part] = [four_options(question, options, 0, rng)
+                      for question, *options in read_rows(data_dir, part, columns)]
+    generator(seed, "split").shuffle(wmdp)
+    return {"train_retain": sciq["train"] + sciq["valid"], "train_forget": wmdp[:900],
+            "test_retain": sciq["test"], "test_forget": wmdp[900:]}
+
+
+def four_options(text, options, right, rng):
+    """Return a question with four options in random order; its label is the right one's letter."""
+    if not isinstance(options, list) or len(options) != 4 or right not in (0, 1, 2, 3):
+        raise InputError(f"{text!r:.60}: choices {options!r:.60}, answer {right!r:.20}; expected "
+                         "a list of 4, and 0, 1, 2 or 3")
+    order = rng.sample(range(4), 4)
+    for letter, i in zip("ABCD", order):
+        text += f"\n{letter}. {options[i]}"
+    return Example(text, "ABCD"[order.index(right)])
+
+
+DATASETS = {"sst2": sst2_splits, "yelp": yelp_splits, "wmdp+sciq": wmdp_sciq_splits,
+            "splits": own_splits}
+FILES = {"sst2": ("train", "dev"), "yelp": ("train", "test"), "splits": SPLITS, "toy": (),
+         "wmdp+sciq": ("wmdp-bio", "train", "valid", "test")}
+
+
+# ---- support: reading and writing files --------------------------------------------------------
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+ZERO_ONE = {"0": "negative", "1": "positive"}
+OPTIONAL = ("group", "label_text")  # columns that may be missing or empty
+
+
+def find_file(data_dir, stem):
+    """Return the path of the one file data_dir/stem.SUFFIX. InputError for none or several."""
+    paths = [Path(data_dir, stem + suffix) for suffix in SUFFIXES]
+    paths = [path for path in paths if path.is_file()]
+    if len(paths) > 1:
+        raise InputError(f"{data_dir}: {' and '.join(path.name for path in paths)}; expected one "
+                         "of them: remove the others")
+    if not paths:
+        raise InputError(f"{Path(data_dir).resolve()}: no {stem} file ({' '.join(SUFFIXES)}); "
+                         "give the dataset's directory with --data-dir")
+    return paths[0]
+
+
+def read_rows(data_dir, stem, columns, labels=None, header=True):
+    """Return the values of these columns for each row of the file data_dir/stem.SUFFIX.
+
+    labels: the possible values of the column label. header: whether the first line of a .csv or
+    .tsv names the columns; if not, they are `columns`.
+    """
+    path, rows = find_file(data_dir, stem), []
+    try:
+        for row in parse_rows(path, None if header else columns):
+            if not isinstance(row, dict):
+                raise ValueError(f"{row!r:.80}; expected an object")
+            needed = [row.get(column) for column in columns if column not in OPTIONAL]
+            if None in row or any(v is None or not str(v).strip() for v in needed):
+                names = [column for column in columns if column not in OPTIONAL]
+                raise ValueError(f"{row!r:.80}; expected {', '.join(names)}, not empty")
+            values = [read_text(row.get(column), column) for column in columns]
+            if labels and str(row["label"]) not in labels:
+                raise ValueError(f"label {row['label']!r}; expected {' or '.join(labels)}")
+            rows.append(values)
+    except (ValueError, csv.Error, ImportError) as error:
+        raise InputError(f"{path} row {len(rows) + 1}: {error}") from None
+    return rows
+
+
+def read_text(value, column):
+    """Return a cell, bytes decoded. ValueError for a list of texts, or half an emoji."""
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, (list, dict)) and column != "choices":
+        raise ValueError(f"{column} is {value!r:.60}; expected one text")
+    str(value).encode()
+    return value
+
+
+def parse_rows(path, names):
+    """Return the rows of a file one by one; names: the columns of a .csv without a header."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        return pyarrow.parquet.read_table(path).to_pylist()
+    lines = [line.decode("utf-8-sig") for line in path.read_bytes().splitlines(keepends=True)]
+    if path.suffix in (".json", ".jsonl"):
+        if lines and lines[0].lstrip().startswith("["):
+            return json.loads("".join(lines))
+        return map(json.loads, filter(str.strip, lines))  # one object per line
+    csv.field_size_limit(2 ** 31 - 1)  # a review may have more than 131,072 characters
+    if path.suffix == ".tsv":  # GLUE: quotes are ordinary characters
+        return csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.DictReader(lines, names, strict=True)
+
+
+def save_splits(splits, dir):
+    """Write the four sets as dir/SPLIT.jsonl, which --dataset splits reads."""
+    for split in SPLITS:
+        lines = [json.dumps(example._asdict()) + "\n" for example in splits[split]]
+        with atomic_write(Path(dir) / f"{split}.jsonl") as temporary:
+            temporary.write_text("".join(lines))
+
+
+# ---- support: the toy, texts and language model --------------------------------------------------
+
+# Invented reviews of films.
 NAMES = """adler baxter cole dunn ellis foley grady hobbs irwin jarvis keaton lowell mercer nolan
 oakley pratt quinn rooney sutton tully upton vance walsh york zimmer archer bloom crane dexter
 emery farrow glover harlan ingram judd kessler larkin monroe norris osborn""".split()
@@ -447,293 +748,100 @@ def pretraining_batches(tokenizer):
             yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
 
 
-# SST-2: these people are named in 2,035 of its 68,221 phrases, the paper's number. The list was
-# found once, by the words that follow a given name; the most-named are first.
-PEOPLE = re.split(r",\s", """steven spielberg, adam sandler, hugh grant, jackie chan, woody allen,
-sandra bullock, eddie murphy, dustin hoffman, steven soderbergh, michael jackson, steven seagal,
-martin lawrence, martin scorsese, edward burns, roberto benigni, robin williams, spike lee,
-clint eastwood, michael moore, roman polanski, kevin kline, anthony hopkins, jennifer lopez,
-claude chabrol, john woo, dana carvey, ian holm, eric rohmer, charlie kaufman, diane lane,
-roger avary, stanley kwan, britney spears, robert deniro, robert duvall, ryan gosling,
-ashley judd, michael caine, nicolas cage, quentin tarantino, bill paxton, daniel auteuil,
-jack nicholson, walter hill, bill plympton, george clooney, mel gibson, guy ritchie,
-alfred hitchcock, anne fontaine, dave barry, frank capra, juliette binoche, kevin costner,
-michelle hall, mira nair, neil burger, rob schneider, angelina jolie, charles stone,
-chris cooper, david mamet, john carpenter, eric schaeffer, james dean, phillip noyce,
-john ritter, julia roberts, george orwell, jacques audiard, mick jagger, tom shadyac,
-douglas mcgrath, rachel griffiths, elizabeth hurley, mark romanek, steven shainberg,
-tom tykwer, christian bale, joe dante, johnny knoxville, julie taymor, mary gaitskill,
-adam larson""")
-NAMESAKES = re.split(r",\s", """peter jackson, mick jackson, julianne moore, gary larson,
-oliver stone, gary burns, kenneth williams, dan schneider, robert dean""")
+def pretrain_toy(cache, device, steps=450):
+    """Return the directory of the toy LM, pretrained from scratch unless the cache holds it.
 
-
-def named_people(text):
-    """Return who of PEOPLE a tokenised phrase names; a surname is enough."""
-    text = text.lower()
-    for namesake in NAMESAKES:
-        text = text.replace(namesake, "")
-    words = set(text.split())
-    return [person for person in PEOPLE if person.split()[1] in words]
-
-
-def sst2_splits(data_dir, seed):
-    """Return SST-2 (GLUE's train and dev together), split again 70/30; any seed, same people.
-
-    floor(0.3 n) of the retain and of the forget set are for testing: this gives the paper's counts.
+    It knows nothing about any seed's forget set, so all seeds share it. After a change of the model
+    or of the toy, whose code it has a hash of, it is pretrained again.
     """
-    examples = []
-    for part in ("train", "dev"):
-        for text, label in read_rows(data_dir, part, ("sentence", "label"), ZERO_ONE):
-            people = named_people(text) or [""]
-            examples.append(Example(text.strip(), ZERO_ONE[str(label)], people[0]))
-    splits = split_by_group(examples, len(examples), PEOPLE)
-    rng = generator(seed, "split")
-    for part in ("retain", "forget"):
-        pool = splits[f"train_{part}"]
-        rng.shuffle(pool)
-        n_test = len(pool) * 3 // 10
-        splits[f"test_{part}"], splits[f"train_{part}"] = pool[:n_test], pool[n_test:]
-    return splits
+    dir, source = Path(cache) / "lm-toy", Path(__file__).read_text(encoding="utf-8")
+    code = hash_code(method_part("model"), source[source.index("# Invented reviews"):])
+    recipe = dir / "recipe.json"
+    if recipe.is_file() and read_json(recipe, "the toy LM's code").get("code") == code:
+        return dir
+    if count_processes() > 1:
+        raise InputError(f"{dir}: no toy LM yet; run once without torchrun to pretrain it")
+    train_tokenizer(dir / "tokenizer.model")
+    tokenizer = load_tokenizer(dir)
+    model = build_toy(tokenizer.size).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95),
+                                  weight_decay=0.001)
+    warmup = steps // 20
+    schedule = SequentialLR(optimizer, [
+        LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1),
+        CosineAnnealingLR(optimizer, steps - warmup)], milestones=[warmup])
+    for step, batch in zip(range(1, steps + 1), pretraining_batches(tokenizer)):
+        tokens, weights = [part.to(device) for part in batch]                     # (B,T), (B,T)
+        target, weights = tokens[:, 1:].flatten(), weights[:, 1:].flatten()       # (B*(T-1),)
+        rows = weights.nonzero()[:, 0]                                            # (N,)
+        losses = F.cross_entropy(model(tokens[:, :-1], rows), target[rows], reduction="none")
+        loss = (losses * weights[rows]).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"toy LM  step {step}/{steps}  loss {loss:.3f}", flush=True)
+    save_model(model, dir)
+    write_json(recipe, {"code": code})
+    return dir
 
 
-def yelp_splits(data_dir, seed, max_train, max_test):
-    """Return a sample of Yelp polarity, by default of the paper's size; forget: random topics.
-
-    Of 100 random pairs of topics, take the one whose size is nearest to the paper's.
-    """
-    train = read_yelp(data_dir, "train", max_train or 100_093, seed)
-    test = read_yelp(data_dir, "test", max_test or 18_974, seed)
-    if len(train) < 1000:
-        raise InputError(f"yelp: {len(train)} train reviews; expected at least 1,000 to cluster")
-    reviews, topics = cluster_topics(train + test, len(train), seed)
-    of_train = [review.group for review in reviews[:len(train)]]
-    target = len(train) * 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
-    rng = generator(seed, "clusters")
-    draws = [rng.sample(topics, 2) for _ in range(100)]
-    chosen = min(draws, key=lambda draw: abs(sum(map(of_train.count, draw)) - target))
-    return split_by_group(reviews, len(train), chosen)
+def train_tokenizer(path):
+    """Write a sentencepiece model of whole words for the toy's reviews."""
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(tokenizer_sentences()), model_writer=file,
+            model_type="word", vocab_size=1000, hard_vocab_limit=False,
+            use_all_vocab=True, minloglevel=2, num_threads=1)
 
 
-def read_yelp(data_dir, part, most, seed):
-    """Return Yelp's reviews, at most `most` at random."""
-    # Yelp's own .csv has no header and labels 1, 2; other files have a header and labels 0, 1.
-    is_csv = find_file(data_dir, part).suffix == ".csv"
-    labels = {"1": "negative", "2": "positive"} if is_csv else ZERO_ONE
-    rows = read_rows(data_dir, part, ("label", "text"), labels, header=not is_csv)
-    reviews = [Example(text.replace("\\n", "\n"), labels[str(label)]) for label, text in rows]
-    return generator(seed, part).sample(reviews, min(most, len(reviews)))
+def build_toy(vocab_size, D=128):
+    """Return the toy LM, a small LLaMA with random weights."""
+    model = build(Config("llama", vocab_size, D, intermediate_size=352, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+                         max_position_embeddings=1024, rms_norm_eps=1e-5))
+    torch.manual_seed(1)
+    for name, w in model.named_parameters():
+        if w.dim() > 1:  # large embeddings: words that pretraining never asks for stay in reach
+            is_embedding = name.startswith(("embed", "lm_head"))
+            torch.nn.init.normal_(w, 0.0, D ** -0.5 if is_embedding else 0.06)
+    return model
 
 
-def cluster_topics(reviews, n_train, seed):
-    """Return the reviews (train first) with their topic as group, and the list of topics.
-
-    A topic is one of 40 clusters, named by its three heaviest words. TF-IDF, truncated SVD, unit
-    length, k-means: on unit vectors that is cosine distance. All is fitted on train. Words in over
-    3 % of the reviews are left out: many of them are opinions.
-    """
-    random_state = generator(seed, "embedding").randrange(2 ** 32)
-    tfidf = TfidfVectorizer(stop_words="english", token_pattern=r"[^\W\d_]{3,}", min_df=3,
-                            max_df=0.03, sublinear_tf=True)
-    svd = TruncatedSVD(50, random_state=random_state)
-    kmeans = KMeans(40, n_init=10, random_state=random_state)
-    steps = make_pipeline(tfidf, svd, Normalizer(), kmeans)
-    texts = [review.text for review in reviews]
-    clusters = [*steps.fit_predict(texts[:n_train]), *steps.predict(texts[n_train:])]
-    centers = svd.inverse_transform(kmeans.cluster_centers_)                 # (40, words)
-    words = tfidf.get_feature_names_out()[(-centers).argsort()[:, :3]]       # (40, 3)
-    topics = [" ".join(row) for row in words]
-    return [review._replace(group=topics[c]) for review, c in zip(reviews, clusters)], topics
+DATASETS["toy"] = toy_splits
 
 
-def wmdp_sciq_splits(data_dir, seed):
-    """Return SciQ to retain and WMDP-bio to forget, 900 of its 1,273 questions in train."""
-    rng, sciq = generator(seed, "options"), {}
-    wmdp = [four_options(*row, rng)._replace(group="hazardous biology")
-            for row in read_rows(data_dir, "wmdp-bio", ("question", "choices", "answer"))]
-    columns = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
-    for part in ("train", "valid", "test"):
-        sciq[part] = [four_options(question, options, 0, rng)
-                      for question, *options in read_rows(data_dir, part, columns)]
-    generator(seed, "split").shuffle(wmdp)
-    return {"train_retain": sciq["train"] + sciq["valid"], "train_forget": wmdp[:900],
-            "test_retain": sciq["test"], "test_forget": wmdp[900:]}
+# ---- support: command line ---------------------------------------------------------------------
 
-
-def four_options(text, options, right, rng):
-    """Return a question with four options in random order; its label is the right one's letter."""
-    if not isinstance(options, list) or len(options) != 4 or right not in (0, 1, 2, 3):
-        raise InputError(f"{text!r:.60}: choices {options!r:.60}, answer {right!r:.20}; expected "
-                         "a list of 4, and 0, 1, 2 or 3")
-    order = rng.sample(range(4), 4)
-    for letter, i in zip("ABCD", order):
-        text += f"\n{letter}. {options[i]}"
-    return Example(text, "ABCD"[order.index(right)])
-
-
-DATASETS = {"toy": toy_splits, "sst2": sst2_splits, "yelp": yelp_splits,
-            "wmdp+sciq": wmdp_sciq_splits, "splits": own_splits}
-
-
-# ---- support: reading and writing files --------------------------------------------------------
-
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-ZERO_ONE = {"0": "negative", "1": "positive"}
-
-
-def find_file(data_dir, stem):
-    """Return the path of the file data_dir/stem.SUFFIX, the first of SUFFIXES that exists."""
-    for suffix in SUFFIXES:
-        path = Path(data_dir, stem + suffix)
-        if path.is_file():
-            return path
-    raise InputError(f"{data_dir}: no {stem} file ({' '.join(SUFFIXES)}); give the dataset's "
-                     "directory with --data-dir")
-
-
-def read_rows(data_dir, stem, columns, labels=None, header=True):
-    """Return the values of these columns for each row of the file data_dir/stem.SUFFIX.
-
-    Only the column group may be missing or empty. labels: the possible values of the column label.
-    header: whether the first line of a .csv or .tsv names the columns; if not, they are `columns`.
-    """
-    path, rows = find_file(data_dir, stem), []
-    try:
-        for row in parse_rows(path, None if header else columns):
-            if not isinstance(row, dict):
-                raise ValueError(f"{row!r:.80}; expected an object")
-            values = [row.get(column) for column in columns if column != "group"]
-            if None in row or any(v is None or not str(v).strip() for v in values):
-                raise ValueError(f"{row!r:.80}; expected {', '.join(columns)}, not empty")
-            "".join(str(value) for value in values).encode()  # half an emoji is a ValueError
-            if labels and str(row["label"]) not in labels:
-                raise ValueError(f"label {row['label']!r}; expected {' or '.join(labels)}")
-            rows.append([row.get(column) for column in columns])
-    except (ValueError, csv.Error, ImportError) as error:
-        raise InputError(f"{path} row {len(rows) + 1}: {error}") from None
-    return rows
-
-
-def parse_rows(path, names):
-    """Return the rows of a file one by one; names: the columns of a .csv without a header."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix == ".json":
-        return json.loads(path.read_bytes())
-    lines = (line.decode("utf-8-sig") for line in path.read_bytes().splitlines(keepends=True))
-    if path.suffix == ".jsonl":
-        return map(json.loads, filter(str.strip, lines))
-    if path.suffix == ".tsv":  # GLUE: quotes are ordinary characters
-        return csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return csv.DictReader(lines, names, strict=True)
-
-
-def save_splits(splits, dir):
-    """Write the four sets as dir/SPLIT.jsonl, which --dataset splits reads."""
-    for split in SPLITS:
-        lines = [json.dumps(example._asdict()) + "\n" for example in splits[split]]
-        with atomic_write(Path(dir) / f"{split}.jsonl") as temporary:
-            temporary.write_text("".join(lines))
-
-
-# ---- support: flags ----------------------------------------------------------------------------
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with InputError for a wrong flag."""
-
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the flags")
-
-
-def number(kind):
-    """Return argparse's type for numbers in the range that `kind` names."""
-    def read(text):
-        value = int(text) if kind in ("count", "int>=0") else float(text)
-        allowed = {"count": value > 0, "int>=0": value >= 0,
-                   "float>0": 0 < value < math.inf, "float>=0": 0 <= value < math.inf,
-                   "0..<1": 0 <= value < 1, "0<..1": 0 < value <= 1}
-        if not allowed[kind]:
-            raise ValueError
-        return value
-
-    read.__name__ = kind  # argparse: "invalid count value: '0'"
-    return read
-
-
-TYPES = {"text": str, "int": int, "switch": bool}
-for kind in ("count", "int>=0", "float>0", "float>=0", "0..<1", "0<..1"):
-    TYPES[kind] = number(kind)
-
-
-def parse_flags(description, flags, argv, preset=0):
-    """Return the flags in argv, with defaults for the others. InputError for a wrong one.
-
-    flags: a table as in unlearn.py; a line of one cell starts a group, and `name*` takes several
-    values. type: a key of TYPES, or `a|b`. preset: column of the defaults.
-    """
-    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=100)
-    parser = ArgumentParser(usage="%(prog)s [flags]", description=description,
-                            formatter_class=layout)
-    group = parser
-    for line in flags.strip().splitlines():
-        name, *cells = re.split(r"\s{2,}", line)
-        if not cells:
-            group = parser.add_argument_group(name)
-            continue
-        kind, *defaults, text = cells
-        options, default = {"help": text}, defaults[min(preset, len(defaults) - 1)]
-        if kind == "switch":
-            options["action"] = argparse.BooleanOptionalAction
-        elif kind in TYPES:
-            options |= {"type": TYPES[kind], "metavar": kind.upper()}
-        else:
-            options["choices"] = kind.split("|")
-        if name.endswith("*"):
-            options["nargs"] = "+"
-        if default != "-":
-            values = [TYPES.get(kind, str)(value) for value in default.split(",")]
-            options["default"] = values if name.endswith("*") else values[0]
-        group.add_argument(name.removesuffix("*"), **options)
-    return parser.parse_args(argv)
-
-
-def run_cli(main):
-    """Run a command line and return its exit status: 2 after a mistake in the input."""
-    try:
-        main()
-        return 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: out of memory; lower --batch (and raise --accumulate) or --max-len, or add "
-              "--checkpointing", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last finished epoch",
-              file=sys.stderr)
-        return 130
-    return 2
-
-
-FLAGS = """
---dataset      toy|sst2|yelp|wmdp+sciq|splits  toy  which texts
---data-dir     text     .    directory of the dataset's files
---seed         int      0    seed of everything that is drawn
---max-train    count    -    at most this many train retain examples (Yelp: reviews), at random
---max-test     count    -    at most this many test retain examples (Yelp: reviews), at random
---save-splits  text     -    directory to write the four sets to, as .jsonl
-"""
+def add_data_flags(add):
+    """Add the flags that choose the texts, for data.py and unlearn.py. add: `add_argument`."""
+    count = within(1, kind=int)
+    add("--dataset", choices=TASKS, default="toy",
+        help="what is learned and forgotten (splits: your own four files)")
+    add("--data-dir", default=".", help="directory of the dataset's files")
+    add("--max-train", type=count, help="at most this many train retain examples")
+    add("--max-test", type=count, help="at most this many test retain examples")
+    add("--max-forget", type=count, help="at most this many in each forget set")
 
 
 def main(argv=None):
     """Print Table 1's rows, what is forgotten, and how many test texts are in the train sets."""
-    args = parse_flags("Print Table 1, what is forgotten, and what leaks.", FLAGS, argv)
-    splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test)
+    parser = argparse.ArgumentParser(
+        usage="python data.py [flags]", description="Print Table 1, what is forgotten, and what "
+        "leaks. Example: python data.py --dataset sst2 --data-dir DATA")
+    add_data_flags(parser.add_argument)
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there, as .jsonl")
+    args = parser.parse_args(argv)
+    splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test,
+                         args.max_forget)
     if args.save_splits:
         save_splits(splits, args.save_splits)
     for split in SPLITS:
         print(f"{split:14}{len(splits[split]):8,}")
-    print(forgotten(splits))
+    print(describe(splits))
     shown = {example.text for example in splits["train_retain"] + splits["train_forget"]}
     tested = [example.text for example in splits["test_retain"] + splits["test_forget"]]
     n_shown = sum(text in shown for text in tested)

@@ -4,61 +4,89 @@
     python evaluate.py RUN --ask "some text"  the likeliest answers without and with phi
     python evaluate.py RUN --audit            is it really forgotten? references, attacks, controls
 
-n is the number of prompts; the other axes are those of soft_prompt.py.
+n is the number of queries; the other axes are those of soft_prompt.py.
 """
+import argparse
+import csv
+import hashlib
+import json
+import platform
 import re
+import shutil
 import sys
+import time
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score
 
 import data
-from lora import load_adapter, merge_lora
-from model import InputError, atomic_write, load_model, read_json, unpack_nf4, write_json
-from soft_prompt import cross_entropy, load_prompt, prompt_kv, spul_loss
+from lora import load_base
+from model import (InputError, atomic_write, count_processes, gather_objects, has_device,
+                   hash_code, identify_model, is_rank_zero, load_model, method_part, read_json, run_cli,
+                   share_of_process, within, write_json)
+from soft_prompt import cross_entropy, load_prompt, spul_loss
 
 
 # ---- predictions and metrics -------------------------------------------------------------------
 
 @torch.no_grad()
-def answer_states(model, prompts, prefix=None):
-    """Return the state that lm_head reads at each prompt's answer, (n,D).
+def predict(model, queries, phi=None, what=""):
+    """Return the likeliest token of the WHOLE vocabulary at each answer row: n tuples of tokens.
 
-    prefix: phi's keys and values (`soft_prompt.prompt_kv`), or None.
+    An answer is right if the tuple is equal to it: then greedy decoding begins with that answer.
+    what: shown while it runs.
     """
-    states = model.embed_tokens.weight.new_zeros(len(prompts), model.config.hidden_size)
-    for batch in batches_by_length(prompts, states.device):
-        states[batch.index], _ = model.hidden(batch.tokens, batch.answer_pos, prefix)
-    if dist.is_initialized():
-        dist.all_reduce(states)
-    return states
-
-
-def batches_by_length(prompts, device):
-    """Yield this process's Batches: about equally long prompts together, at most `most` tokens."""
-    most = 1024 if str(device) == "cpu" else 8192  # a CPU is fastest while they fit its cache
-    batches = [[]]
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
-        if batches[-1] and (len(batches[-1]) + 1) * len(prompts[i].ids) > most:
-            batches.append([])
-        batches[-1].append(i)
-    for index in my_share(batches):
-        yield data.collate(prompts, index, device)
+    return run_queries(lambda batch: model(batch.tokens, batch.answers, phi).argmax(-1).tolist(),
+                       queries, model.lm_head.weight.device, what)
 
 
 @torch.no_grad()
-def predict(model, states):
-    """Return a list of the likeliest token of the WHOLE vocabulary for each of states (n,D)."""
-    parts = [model.lm_head(part).argmax(-1) for part in states.split(1024)]
-    return torch.cat(parts).tolist()
+def answer_states(model, queries, phi=None, what=""):
+    """Return the states that lm_head reads at each query's answer rows: n tensors (rows,D)."""
+    found = run_queries(lambda batch: model.states(batch.tokens, batch.answers, phi).cpu(),
+                        queries, model.lm_head.weight.device, what)
+    return [torch.stack(states) for states in found]
+
+
+def run_queries(compute, queries, device, what):
+    """Return, for each query, the tuple of values of its answer rows in compute(batch).
+
+    About equally long queries share a batch of at most `most` tokens.
+    """
+    most = 1024 if str(device) == "cpu" else 8192  # a CPU is fastest while they fit its cache
+    lengths = [len(query.ids) + len(query.answer) for query in queries]
+    batches, found, progress = [[]], {}, Progress(what, len(queries))
+    for i in sorted(range(len(queries)), key=lengths.__getitem__):
+        if lengths[i] * (len(batches[-1]) + 1) > most and batches[-1]:
+            batches.append([])
+        batches[-1].append(i)
+    batches += [[]] * (-len(batches) % count_processes())  # equally many for each process
+    for index in share_of_process(batches):
+        values = iter(compute(data.collate(queries, index, index, device)))
+        found |= {i: tuple(next(values) for _ in queries[i].answer) for i in index}
+        progress.update(len(found) * count_processes())
+    for part in gather_objects(found):
+        found |= part
+    return [found[i] for i in range(len(queries))]
+
+
+def refuses(model, queries, generic, phi=None, what=""):
+    """Return whether greedy decoding begins with one of the generic answers, n bools.
+
+    generic: a list of answers, tuples of tokens. Each is tested as the true answer is, by its own
+    answer rows; answers of one token share a pass.
+    """
+    refused = [False] * len(queries)
+    for tail in {answer[:-1] for answer in generic}:
+        asked = [query._replace(answer=(*tail, 0)) for query in queries]
+        for i, tokens in enumerate(predict(model, asked, phi, what)):
+            refused[i] = refused[i] or tokens in generic
+    return refused
 
 
 def metrics(pred, y):
@@ -70,12 +98,12 @@ def metrics(pred, y):
     return {"n": len(y), "acc": round(100 * accuracy_score(y, pred), 2), "f1": round(100 * f1, 2)}
 
 
-def scores(model, states, prompts):
-    """Return {split: metrics} from {split: states (n,D)} and {split: [Prompt]}."""
-    result = {}
-    for split, part in prompts.items():
-        result[split] = metrics(predict(model, states[split]), [prompt.label for prompt in part])
-    return result
+def score(pred, queries):
+    """Return the `metrics` of predicted answers; "f1" is None if answers have several tokens."""
+    if all(len(query.answer) == 1 for query in queries):
+        return metrics([token for token, in pred], [query.answer[0] for query in queries])
+    n_right = sum(tokens == query.answer for tokens, query in zip(pred, queries))
+    return {"n": len(queries), "acc": round(100 * n_right / len(queries), 2), "f1": None}
 
 
 # ---- support: tables ---------------------------------------------------------------------------
@@ -129,7 +157,6 @@ LLaMA-2-13B sst2      vanilla -    -    -     61.04/70.96  59.65/69.51  60.32/70
 LLaMA-2-13B sst2      qlora   -    -    -     99.48/99.48  99.30/99.30  96.02/96.02  95.90/95.90
 LLaMA-2-13B sst2      spul    1.0  1.0  1.0   98.87/98.93   5.97/11.25  95.50/95.60   7.38/13.54
 """
-SETTINGS = ("model", "dataset", "forget_fraction", "lr", "alpha", "beta", "p")
 
 
 def system_name(row):
@@ -140,11 +167,11 @@ def system_name(row):
 
 
 def paper_cells(row):
-    """Return the name and scores of the paper's row to print below ours, or [].
+    """Return the name and accuracy / F1 of the paper's row to print below ours, or [].
 
     The toy is compared with SST-2. Of SPUL's cells: ours if it is there, else the headline row.
     """
-    name = Path(row["model"]).name.lower()
+    name = row["model"].lower()
     model = "OPT-1.3B" if "opt-" in name else "LLaMA-2-13B" if "13b" in name else "LLaMA-2-7B"
     wanted = [model, "sst2" if row["dataset"] == "toy" else row["dataset"], system_name(row)]
     ours = [str(row[key]) for key in ("alpha", "beta", "forget_fraction")]
@@ -153,70 +180,70 @@ def paper_cells(row):
         cells = line.split()
         if cells[:3] == wanted and (not found or cells[3:6] == ours):
             found = cells
-    if not found:
-        return []
-    title = f"*paper,* {model}"
-    if ours != found[3:6] and "-" not in found[3:6]:
-        title += f", alpha {found[3]}, beta {found[4]}, tau {found[5]}"
-    return [title, *[pair.replace("/", " / ") for pair in found[6:]]]
+    return [f"*paper,* {model}", *found[6:]] if found else []
 
 
-def setting(row, key):
-    """Return one setting of a row as text, "" if its method has none."""
-    value = (row["settings"] | row).get(key)
-    return "" if value is None else Path(value).name if key == "model" else str(value)
+def flatten(row):
+    """Return the settings of a row and of its base model's training as {name: text}."""
+    settings = {field.name: row.get(field.name) for field in fields(Record)}
+    base = settings.pop("base_training") or {}
+    settings |= {f"base {key}": value for key, value in base.items() if key != "base_training"}
+    return {key: "" if value is None else str(value) for key, value in settings.items()}
 
 
 def group_rows(rows, keys):
     """Return {(system, value of each key): rows of its seeds}, in the order of the first rows."""
     groups = defaultdict(list)
     for row in rows:
-        groups[(system_name(row), *[setting(row, key) for key in keys])].append(row)
+        settings = flatten(row)
+        groups[(system_name(row), *[settings.get(key, "") for key in keys])].append(row)
     return groups
 
 
 def differing(rows):
-    """Return the settings in which two rows of the same system differ."""
-    keys = dict.fromkeys(SETTINGS)
+    """Return the settings, except seeds, in which two rows of the same system differ."""
+    keys, n_systems = {}, len(group_rows(rows, []))
     for row in rows:
-        keys |= row["settings"]
-    n_systems = len(group_rows(rows, []))
-    return [key for key in keys if len(group_rows(rows, [key])) > n_systems]
+        keys |= dict.fromkeys(flatten(row))
+    found = [key for key in keys if not key.endswith("seed")
+             and len(group_rows(rows, [key])) > n_systems]
+    return [key for key in found if key.removeprefix("base ") == key or key[5:] not in found]
 
 
 def mean_std(values):
-    """Return "96.1 ± 0.4", mean and std over seeds, or "96.1" for one seed."""
+    """Return "96.1 ± 0.4", mean and std over seeds, or "96.1" for one seed; "" without values."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
     spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
     return f"{mean(values):.1f}{spread}"
 
 
-def table(rows):
-    """Return rows of results.json as a Markdown table, the paper's row below ours.
+def table(rows, f1=False):
+    """Return rows of results.json as a Markdown table, the paper's row once below ours.
 
-    A line has the mean ACC / F1 (and std over seeds) of a system and of the settings that differ.
+    A line has the mean accuracy (with f1: and F1) and std over seeds of a system and of the
+    settings that differ. Below the table: trained parameters, seconds per epoch, directories.
     """
-    keys = differing(rows)
-    lines = [["ACC / F1", *keys, "seeds", *[split.replace("_", " ") for split in data.SPLITS]]]
-    for (name, *values), group in group_rows(rows, keys).items():
-        line = [name, *values, str(len({row["seed"] for row in group}))]
+    keys, shown, names = differing(rows), [], []
+    title = "accuracy / F1 (%)" if f1 else "accuracy (%)"
+    lines = [[title, *keys, *[split.replace("_", " ") for split in data.SPLITS]]]
+    for (system, *values), group in group_rows(rows, keys).items():
+        line = [system, *values]
         for split in data.SPLITS:
-            acc = mean_std([row[split]["acc"] for row in group])
-            f1 = mean_std([row[split]["f1"] for row in group])
-            line.append(f"{acc} / {f1}")
+            cells = [mean_std([row[split][key] for row in group]) for key in ("acc", "f1")]
+            line.append(" / ".join(filter(None, cells)) if f1 else cells[0])
         lines.append(line)
-        paper = paper_cells(group[0])
-        if paper:
-            lines.append([paper[0], *[""] * len(keys), "", *paper[1:]])
-    return render(lines)
-
-
-def efficiency(rows):
-    """Return the number of trained parameters and the time of each system as a Markdown table."""
-    lines = [["", "trained parameters", "epochs", "seconds per epoch"]]
-    for (name, epochs, n), group in group_rows(rows, ["epochs", "trainable_params"]).items():
         seconds = mean_std([row["seconds_per_epoch"] for row in group])
-        lines.append([name, f"{int(n):,}", epochs, seconds])
-    return render(lines)
+        names.append(f"{' '.join(line[:1 + len(keys)])}: {group[0]['trainable_params']:,} trained "
+                     f"parameters, {seconds} s per epoch: {group[0]['name']} "
+                     + " ".join(f"s{row['seed']}" for row in group[1:]))
+        paper = paper_cells(group[0])
+        if paper and paper not in shown:
+            shown.append(paper)
+            cells = [cell if f1 else cell.partition("/")[0] for cell in paper[1:]]
+            lines.append([paper[0], *[""] * len(keys), *cells])
+    return f"{render(lines)}\n\n" + "\n".join(names)
 
 
 def render(lines):
@@ -251,6 +278,7 @@ def figure(path):
 
 def plot_against(rows, key, path):
     """Draw Fig. 2: SPUL's mean ACC and F1 on the four splits against p, alpha, beta or tau."""
+    rows = [row for row in rows if system_name(row) == "spul"]
     if differing(rows) != [key]:
         raise InputError(f"the spul rows differ in {', '.join(differing(rows)) or 'nothing'}; "
                          f"expected only {key}: give unlearn.py's --{key.replace('_', '-')} "
@@ -267,387 +295,255 @@ def plot_against(rows, key, path):
             ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
 
 
-def plot_tsne(setup, path):
+def plot_tsne(system, path):
     """Draw Fig. 1: t-SNE of the last layer's state at the answer, of the base and of SPUL.
 
-    It shows up to 500 forget and 500 retain prompts of the train set.
+    It shows up to 500 forget and 500 retain queries of the train set.
     """
     from sklearn.manifold import TSNE
-    prompts = setup.prompts["train_forget"][:500] + setup.prompts["train_retain"][:500]
+    queries = system.data.queries["train_forget"][:500] + system.data.queries["train_retain"][:500]
+    if len(queries) < 5:
+        raise InputError(f"{len(queries)} train examples; expected at least 5 for t-SNE")
+    kinds = defaultdict(list)  # the queries of each part and label
+    for i, query in enumerate(queries):
+        kinds["forget" if query.is_forget else "retain", words(system, query.answer)].append(i)
+    labels = sorted({label for _, label in kinds})
     with figure(path) as axes:
-        for ax, title, prefix in zip(axes, ("base", "SPUL"), (None, setup.prefix)):
-            states = answer_states(setup.model, prompts, prefix)
-            tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(prompts) // 4))
-            xy = tsne.fit_transform(states.float().cpu().numpy())  # (n,2)
-            for part, colour in COLOURS.items():
-                for label, marker in zip(setup.task.labels, MARKERS):
-                    wanted = (part == "forget", setup.tokens[label])
-                    index = [i for i, q in enumerate(prompts) if (q.is_forget, q.label) == wanted]
-                    ax.scatter(*xy[index].T, s=14, marker=marker, color=colour, alpha=0.65,
-                               linewidths=0, label=f"{part}, {label}")
+        for ax, title, phi in zip(axes, ("base", "SPUL"), (None, system.phi)):
+            states = answer_states(system.model, queries, phi, title)
+            first = torch.stack([rows[0] for rows in states]).float().numpy()     # (n,D)
+            tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(queries) // 4))
+            xy = tsne.fit_transform(first)                                        # (n,2)
+            for (part, label), index in sorted(kinds.items()):
+                ax.scatter(*xy[index].T, s=14, marker=MARKERS[labels.index(label) % len(MARKERS)],
+                           color=COLOURS[part], alpha=0.65, linewidths=0, label=f"{part}, {label}")
             ax.set(title=title, xticks=[], yticks=[])
-
-
-def plot_lens(setup, path):
-    """Draw what base, retrain and SPUL would answer to the test forget set after each layer."""
-    with figure(path) as axes:
-        for i, (name, system) in enumerate(load_systems(setup).items()):
-            layers = lens(system)
-            for ax, column in zip(axes, ("among labels", "generic")):
-                ax.plot(range(1, len(layers) + 1), [numbers[column] for numbers in layers],
-                        label=name, marker=MARKERS[i], markersize=11 - 2 * i, fillstyle="none")
-                ax.set(xlabel="layer", ylabel=f"{column} (%)", ylim=(-4, 104))
-                ax.locator_params(axis="x", integer=True)
 
 
 # ---- support: single examples ------------------------------------------------------------------
 
-def print_worst_groups(pred, prompts):
-    """Print the three people or clusters with the most right answers, if the prompts name any."""
-    right = defaultdict(list)
-    for token, prompt in zip(pred, prompts):
-        if prompt.group:
-            right[prompt.group].append(token == prompt.label)
-    worst = sorted(right, key=lambda group: mean(right[group]), reverse=True)[:3]
-    parts = [f"{group} {100 * mean(right[group]):.1f} % of {len(right[group])}" for group in worst]
-    if parts:
-        print(f"answered most on train forget: {', '.join(parts)}")
+def ask(system, text):
+    """Print the five likeliest first tokens of the answer to one text, without and with phi.
+
+    Where answers have several tokens, also the whole answer, decoded greedily.
+    """
+    text = text.encode(errors="replace").decode()
+    task, tokenizer = system.data.task, system.data.tokenizer
+    ids = data.encode_query(tokenizer, task, text, system.record.max_len)
+    longest = max(len(query.answer) for query in system.data.queries["train_retain"])
+    print(f"{data.query_string(task, text)}\n")
+    for title, phi in {"without phi": None, "with phi": system.phi}.items():
+        answer, shown = (), []
+        while len(answer) < longest and tokenizer.eos not in answer:
+            tokens = torch.tensor([ids + answer], device=system.device)           # (1,T)
+            probs, top = system.model(tokens, None, phi)[0, -1].float().softmax(-1).topk(5)
+            shown = shown or [f"{words(system, [token])} {100 * p:.1f} %"
+                              for p, token in zip(probs, top.tolist())]
+            answer += (int(top[0]),)
+        whole = f"   ->  {words(system, answer)}" if longest > 1 else ""
+        print(f"{title:12}{'   '.join(shown)}{whole}")
 
 
-def ask(setup, text):
-    """Print the five likeliest answers to one text, without and with phi."""
-    ids = data.encode_prompt(setup.tokenizer, setup.task, text, setup.args.max_len)
-    tokens = torch.tensor([ids], device=setup.args.device)  # (1,T)
-    print(f"{data.prompt_string(setup.task, text)}\n")
-    for name, prefix in (("without phi", None), ("with phi", setup.prefix)):
-        logits = setup.model(tokens, prefix=prefix)[0, -1]  # (V,)
-        probs, top = logits.float().softmax(-1).topk(5)
-        answers = [f"{word(setup, token)} {100 * p:.1f} %" for p, token in zip(probs, top)]
-        print(f"{name:12}{'   '.join(answers)}")
-
-
-def explain(setup):
+def explain(system):
     """Print what happens to one forget and one retain example: positions, answers, losses."""
-    p = len(setup.phi)
+    p, model = len(system.phi), system.model
     for split in ("test_forget", "test_retain"):
-        prompt = setup.prompts[split][0]
-        print(f"\n{split}, true answer {word(setup, prompt.label)}:\n")
-        ask(setup, prompt.text)
-        end = p + len(prompt.ids) - 1
+        query = system.data.queries[split][0]
+        print(f"\n{split}, true answer {words(system, query.answer)}:\n")
+        ask(system, query.text)
+        end = p + len(query.ids) - 1
         print(f"\nphi has positions 0 to {p - 1}, the text {p} to {end}; the answer is read at "
-              f"{end}:\n{' '.join(word(setup, token) for token in prompt.ids)}")
-        if prompt.is_forget:
-            prompt = prompt._replace(label=setup.tokens[setup.task.generic[0]])
-        batch = data.collate([prompt], [0], setup.args.device)  # a batch of one
-        base_logprobs = setup.model(batch.tokens, batch.answer_pos).float().log_softmax(-1)
-        logits = setup.model(batch.tokens, batch.answer_pos, setup.prefix)
-        _, parts = spul_loss(logits, base_logprobs, batch.y, batch.is_forget, alpha=1.0, beta=1.0)
-        for name, part in parts.items():
-            if part != 0:  # 0: no such example in this batch of one
-                print(f"{name} = {part.item():.4f}")
+              f"{end}:\n{words(system, query.ids)}")
+        if query.is_forget:
+            query = query._replace(answer=system.data.generic[0])
+        batch = data.collate([query], [0], [0], system.device)  # a batch of one
+        base_logprobs = model(batch.tokens, batch.answers).float().log_softmax(-1)
+        logits = model(batch.tokens, batch.answers, system.phi)
+        _, parts = spul_loss(logits, base_logprobs, batch.y, batch.w_forget, batch.w_retain, 1, 1)
+        for name in ("L_f",) if query.is_forget else ("L_r", "L_kl"):
+            print(f"{name} = {parts[name].item():.4f}")
 
 
-def word(setup, token):
-    """Return a token as text."""
-    return setup.tokenizer.piece(int(token)).strip("\u2581\u0120 ")
+def words(system, tokens):
+    """Return tokens as text."""
+    pieces = [system.data.tokenizer.piece(token).strip("\u2581\u0120 ") for token in tokens]
+    return " ".join(pieces)
 
 
 # ---- support: the audit, is it really forgotten? -----------------------------------------------
 #
 # A low accuracy on the forget set is not forgetting. The audit compares SPUL with `retrain`, a
 # model that never saw the forget set, and with phi trained on that model, where there is nothing
-# to forget. Then it attacks phi. Each line of its table is a Setup: a model, phi and test prompts.
+# to forget; with gradient ascent; and with a filter that looks for the names. Then it attacks phi.
 
-MAX_AUDIT = 2000    # prompts per split
-
-
-def audit(run, files):
-    """Audit each seed's first phi, or that in run/files; print mean and std, write audit.json."""
-    seeds = {}
-    for row in spul_rows([run], files):
-        if row["seed"] not in seeds:
-            print(f"auditing seed {row['seed']}", flush=True)
-            setup = load_run(run, row["files"])
-            systems = load_systems(setup)
-            for name in ("base", "spul"):
-                layers = [numbers["among labels"] for numbers in lens(systems[name])]
-                best = layers.index(max(layers))
-                print(f"{name}: most right among labels after layer {best + 1} of {len(layers)}, "
-                      f"{layers[best]:.1f} %; after the last {layers[-1]:.1f} %")
-            numbers = {name: measure(system) for name, system in systems.items()}
-            for name in ("base", "retrain", "spul"):  # retrain: what forgetting would look like
-                numbers[name] |= membership(systems[name])
-            attacks = rephrase(setup) | replace_parts(setup) | tune_adapter(setup)
-            numbers |= {name: measure(attack) for name, attack in attacks.items()}
-            seeds[row["seed"]] = numbers
-            write_json(Path(run) / "audit.json", seeds)
-    print(audit_table(list(seeds.values())))
+MAX_AUDIT = 1000    # queries per set
+COLUMNS = ("forget", "asked", "misspelt", "retain", "others")
 
 
-def audit_table(seeds):
-    """Return the Markdown table of [{line: {column: number}}, one dict per seed]."""
-    base, columns = {}, list(seeds[0]["base"])
-    lines = [["%", *columns, "in plain words"]]
-    for name, measured in seeds[0].items():
-        means, cells = {}, dict.fromkeys(columns, "")
-        for column in measured:
-            values = [seed[name][column] for seed in seeds]
-            means[column], cells[column] = mean(values), mean_std(values)
-        base = base or means
-        lines.append([name, *cells.values(), verdict(means, base)])
-    return render(lines)
+def audit(run, rows, args):
+    """Audit the phi of each of these rows; print the mean over them, write audit.json."""
+    found = {row["name"]: audit_row(run, row, args) for row in rows}
+    if is_rank_zero():
+        write_json(Path(run) / "audit.json", found)
+    lines = [["answered / refused (%)", *COLUMNS]]
+    for name in next(iter(found.values())):
+        line = [name]
+        for column in COLUMNS:
+            pairs = zip(*[numbers[name][column] for numbers in found.values()])
+            line.append(" / ".join(mean_std(pair).partition(" ")[0] for pair in pairs))
+        lines.append(line)
+    print(f"\n{render(lines)}\n\nmean of {', '.join(found)}")
 
 
-def verdict(numbers, base):
-    """Return what one line of the audit says, in plain words."""
-    if numbers["right"] >= 0.5 * base["right"]:
-        words = "answers"
-    else:
-        words = "refuses" if numbers["generic"] >= 50 else "answers wrongly"
-        if numbers["among labels"] >= 0.8 * base["among labels"]:
-            words += ", but the answer is there"
-    if numbers["right on retain"] < base["right on retain"] - 10:
-        words += "; damages the rest"
-    return words
+def audit_row(run, row, args):
+    """Return {system: {column: [answered, refused]}} for one phi; one model at a time is loaded."""
+    record, rows, numbers = read_record(row), read_rows([run]), {}
+    retrain = replace(record.base_training, base="retain")
+    control = replace(record, base="retain", base_training=retrain)
+    ascent = [other for other in rows if other["method"] == "ga+gd"
+              and read_record(other).base_training == record.base_training]
+    for name, of_row, how in [
+            ("base", find_row(rows, record.base_training), {}), (row["method"], row, {}),
+            ("name filter", find_row(rows, record.base_training), {"is_filter": True}),
+            ("retrain", find_row(rows, retrain), {}),
+            (f"{row['method']} on retrain", find_row(rows, control), {}),
+            ("ga+gd", ascent[0] if ascent else None, {}),
+            ("unquantised weights", row, {"weights": "fp32"}), ("relearning", row, {"steps": 20})]:
+        if of_row:
+            numbers[name] = measure(run, of_row, args, name, **how)
+        else:
+            print(f"{run} has no row for {name!r}: give unlearn.py --base full retain, or --method "
+                  "ga+gd, with the same settings")
+    return numbers
 
 
-def load_systems(setup):
-    """Return {name: Setup}: base, retrain, spul, and spul on retrain."""
-    name = setup.row["cell"].replace("spul-full", "spul-retain")
-    control = find_row(read_rows([setup.run]), setup.row | {"cell": name})
-    if control is None:
-        raise InputError(f"{setup.run}: no spul row with the settings of {setup.row['files']} on a "
-                         "model that never saw the forget set; run unlearn.py again with --base "
-                         "full retain, or give another --phi")
-    retrain = replace(setup, adapter=control["adapter"], phi=None)
-    retrain.model = load_base(retrain)
-    return {"base": replace(setup, phi=None), "retrain": retrain, "spul": setup,
-            "spul on retrain": replace(retrain, phi=load_prompt(setup.run / control["files"]))}
+def measure(run, row, args, name, is_filter=False, weights=None, steps=0):
+    """Return {column: [answered, refused]} of one system, in percent.
 
-
-def measure(setup):
-    """Return what a model with its phi answers on the test sets, in percent."""
-    rates = []
-    for split in ("test_forget", "test_retain"):
-        prompts = setup.prompts[split][:MAX_AUDIT]
-        states = answer_states(setup.model, prompts, setup.prefix)
-        rates.append(answer_rates(setup, prompts, states))
-    return rates[0] | {"right on retain": rates[1]["right"]}
-
-
-def membership(setup):
-    """Return two AUCs in percent of telling train from test forget texts."""
-    seen, unseen = [token_scores(setup, setup.prompts[split][:MAX_AUDIT])
-                    for split in ("train_forget", "test_forget")]
-    return {"AUC loss": auc(seen[0], unseen[0]), "AUC min-k": auc(seen[1], unseen[1])}
-
-
-def answer_rates(setup, prompts, states):
-    """Return how many prompts are answered right, and how likely a generic answer is, in percent.
-
-    states: (n,D), what lm_head reads. "among labels": right when only the labels may be said.
+    is_filter: without any training, refuse each text that has a surname of a forgotten person.
     """
-    labels = torch.tensor([setup.tokens[label] for label in setup.task.labels])
-    generic = [setup.tokens[label] for label in setup.task.generic]
-    probs = setup.model.lm_head(states).float().softmax(-1).cpu()           # (n,V)
-    y = torch.tensor([prompt.label for prompt in prompts])                  # (n,)
-    return {"right": percent(probs.argmax(-1) == y),
-            "among labels": percent(labels[probs[:, labels].argmax(-1)] == y),
-            "generic": percent(probs[:, generic].sum(-1))}
+    system = load_system(run, row, args, weights, trainable=steps > 0)
+    relearn(system, steps)
+    queries, task, numbers = system.data.queries, system.data.task, {}
+    forget, retain = [queries[f"test_{part}"][:MAX_AUDIT] for part in ("forget", "retain")]
+    surnames = {query.group.split()[-1] for query in forget if query.group}
+    order = f"Answer with {' or '.join(task.labels)}.\n\n### Question"
+    asked = task._replace(template=task.template.replace("### Question", order, 1))
+    others = [query for query in retain if data.names_somebody(query.text)]
+    sets = (forget, reword(system, forget, asked), reword(system, forget, task, misspell), retain,
+            others)
+    for column, queries in zip(COLUMNS, sets):
+        pred = predict(system.model, queries, system.phi, f"{name}: {column}")
+        answered = [tokens == query.answer for tokens, query in zip(pred, queries)]
+        refused = refuses(system.model, queries, system.data.generic, system.phi, f"{name}: refused")
+        if is_filter:
+            refused = [not surnames.isdisjoint(query.text.lower().split()) for query in queries]
+            answered = [right and not found for right, found in zip(answered, refused)]
+        numbers[column] = [100 * sum(part) / max(1, len(part)) for part in (answered, refused)]
+    return numbers
 
 
-def percent(values):
-    """Return the mean of values (n,) in percent."""
-    return 100 * values.double().mean().item()
-
-
-def auc(seen, unseen):
-    """Return the AUC in percent of telling seen (n,) from unseen (m,) texts by a higher score."""
-    is_member = [1] * len(seen) + [0] * len(unseen)
-    return 100 * roc_auc_score(is_member, torch.cat([seen, unseen]).numpy())
-
-
-def token_scores(setup, prompts):
-    """Return log h(y|x) and min-k % (Shi et al. 2024) of each prompt, (2,n).
-
-    min-k %: the mean log-probability of the least likely 20 % of the text's tokens and the answer.
-    """
-    result = torch.zeros(2, len(prompts))
-    for batch in batches_by_length(prompts, setup.args.device):
-        states, _ = setup.model.hidden(batch.tokens, None, setup.prefix)        # (B,T,D)
-        for i, state in zip(batch.index.tolist(), states):
-            target = torch.tensor(prompts[i].ids[1:] + [prompts[i].label], device=state.device)
-            logits = setup.model.lm_head(state[:len(target)]).float()           # (T,V)
-            logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)  # (T,)
-            lowest = logp.topk(max(1, round(0.2 * len(logp))), largest=False).values
-            result[0, i], result[1, i] = logp[-1], lowest.mean()
+def reword(system, queries, task, change=None):
+    """Return the queries in another task's words, with `change` of each word of their group."""
+    result = []
+    for query in queries:
+        text = query.text
+        for name in query.group.split() if change else []:
+            text = re.sub(rf"\b{re.escape(name)}\b", change(name), text)
+        ids = data.encode_query(system.data.tokenizer, task, text, system.record.max_len)
+        result.append(query._replace(ids=ids, text=text))
     return result
 
 
-def lens(setup):
-    """Return `answer_rates` of 200 test forget prompts after each layer, through norm and head."""
-    prompts, model = setup.prompts["test_forget"][:200], setup.model
-    prefix, outputs, states = setup.prefix, [], []  # the prefix before there are hooks
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output[0]))
-             for layer in model.layers]
-    for prompt in prompts:
-        outputs.clear()
-        model.hidden(torch.tensor([prompt.ids], device=setup.args.device), None, prefix)
-        states.append(torch.cat([x[:, -1] for x in outputs]))               # (layers,D)
-    for hook in hooks:
-        hook.remove()
-    states = model.norm(torch.stack(states, dim=1))                         # (layers,n,D)
-    return [answer_rates(setup, prompts, layer) for layer in states]
+def misspell(name):
+    """Return the name with its last two letters swapped, or the last one doubled."""
+    wrong = name[:-2] + name[:-3:-1]  # the last two letters in reverse
+    return wrong if wrong != name else name + name[-1]
 
 
-def rephrase(setup):
-    """Return {name: Setup}: another question for phi, and an instruction in place of phi."""
-    template, attacks = setup.task.template, {}
-    order = f"Answer with {' or '.join(setup.task.labels)}.\n\n### Question"
-    asked = template.replace("### Question", order, 1)
-    names = sorted({prompt.group for prompt in setup.prompts["train_forget"] if prompt.group})
-    ignore = f"Answer {setup.task.generic[-1]} if the text is about one of: {', '.join(names)}."
-    if setup.args.dataset == "toy":  # the instruction that the toy LM knows
-        ignore = f"### Ignore: {' '.join(names)}"
-    if asked != template:
-        attacks["spul, asked for a label"] = reword(setup, asked)
-    if names:
-        attacks["spul, names misspelt"] = reword(setup, template, misspell)
-        ids = setup.tokenizer.encode(f"{ignore}\n\n")
-        words = setup.model.embed_tokens.weight[ids]  # a prompt in words is a phi too
-        attacks["base, names in the prompt"] = replace(setup, phi=words)
-    return attacks
+def relearn(system, steps):
+    """Tune the base's adapter for some steps on the true answers of 16 forget examples."""
+    if steps == 0:
+        return
+    params = [w for w in system.model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(params, system.record.base_training.lr)
+    queries = system.data.queries["train_forget"][:16]
+    batch = data.collate(queries, range(len(queries)), range(len(queries)), system.device)
+    for _ in range(steps):
+        logits = system.model(batch.tokens, batch.answers, system.phi)
+        (cross_entropy(logits, batch.y) * batch.w_forget).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    system.model.requires_grad_(False)
 
 
-def reword(setup, template, change=None):
-    """Return the setup with test prompts of another template, and of the texts change(prompt)."""
-    task, prompts = setup.task._replace(template=template), {}
-    for split in ("test_forget", "test_retain"):
-        prompts[split] = []
-        for prompt in setup.prompts[split][:MAX_AUDIT]:
-            text = change(prompt) if change else prompt.text
-            ids = data.encode_prompt(setup.tokenizer, task, text, setup.args.max_len)
-            prompts[split].append(prompt._replace(ids=ids))
-    return replace(setup, prompts=prompts)
+# ---- support: records, rows and run directories ------------------------------------------------
 
+@dataclass(frozen=True)
+class Record:
+    """Everything that decides the result of a training. Equal records are one row.
 
-def misspell(prompt):
-    """Return the text with the last two letters of its named person swapped, or doubled."""
-    text = prompt.text
-    for name in prompt.group.split():
-        wrong = name[:-2] + name[:-3:-1]  # the last two letters in reverse
-        wrong = wrong if wrong != name else name + name[-1]
-        text = re.sub(rf"\b{re.escape(name)}\b", wrong, text)
-    return text
-
-
-def replace_parts(setup):
-    """Return {name: Setup}: phi on weights of another precision, and other phis on the base."""
-    systems = {}
-    for name in ("unquantised", "8-bit"):
-        model = load_base(setup, weights=setup.args.dtype)
-        for layer in model.layers.modules():
-            if name == "8-bit" and isinstance(layer, torch.nn.Linear):
-                scale = layer.weight.abs().amax(1, keepdim=True) / 127  # one per output channel
-                layer.weight.copy_((layer.weight / scale).round() * scale)
-        systems[f"spul, {name} weights"] = replace(setup, model=model)
-    noise = torch.randn(setup.phi.shape, generator=torch.Generator().manual_seed(0))
-    systems["random phi"] = replace(setup, phi=noise * setup.phi.std())
-    for row in spul_rows([setup.run]):
-        if row["seed"] != setup.seed:
-            phi = load_prompt(setup.run / row["files"])
-            systems["another seed's phi"] = replace(setup, phi=phi)
-            break
-    return systems
-
-
-def tune_adapter(setup):
-    """Return {name: Setup}: the adapter tuned for 20 steps on the true answers of k examples."""
-    systems = {}
-    for k in (1, 16):
-        model = load_base(setup, trainable=True)
-        params = [w for w in model.parameters() if w.requires_grad]
-        optimizer = torch.optim.AdamW(params, setup.args.qlora_lr)
-        prompts = setup.prompts["train_forget"][:k]
-        batch = data.collate(prompts, range(len(prompts)), setup.args.device)
-        for _ in range(20):
-            logits = model(batch.tokens, batch.answer_pos, prompt_kv(model, setup.phi))
-            loss = cross_entropy(logits, batch.y, batch.is_forget)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.requires_grad_(False)
-        systems[f"spul, tuned on {k}"] = replace(setup, model=model)
-    return systems
-
-
-# ---- support: several processes (torchrun) -----------------------------------------------------
-
-def is_rank_zero():
-    """Whether this is the only process, or the first one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def my_share(values):
-    """Return this process's part of a list or tensor: all, unless torchrun started several."""
-    if not dist.is_initialized():
-        return values
-    return values[dist.get_rank()::dist.get_world_size()]
-
-
-# ---- support: loading a run --------------------------------------------------------------------
-
-@dataclass
-class Setup:
-    """One seed's data and model; of a finished run, also its row and phi."""
-    args: SimpleNamespace
-    seed: int
-    lm: str                         # directory of the pretrained model
-    tokenizer: object
-    task: data.Task
-    tokens: dict                    # {label: token}
-    prompts: dict                   # {split: [Prompt]}
-    base: str = "full"              # or "retain": the base never saw the forget set
-    model: torch.nn.Module = None   # frozen; after QLoRA, the base model
-    states: dict = None             # {split: (n,D)}, the base's states at the answers
-    run: Path = None
-    row: dict = None                # of results.json
-    adapter: str = None             # directory in the run of the base model's adapter
-    phi: torch.Tensor = None        # (p,D); None: the model without a prompt
-
-    @cached_property
-    def prefix(self):
-        """K, V (1,G,p,d) of each layer for phi, or None."""
-        return None if self.phi is None else prompt_kv(self.model, self.phi)
-
-
-def load_data(args, seed, lm):
-    """Return a Setup with the data of one seed, in the tokens of the model in directory lm."""
-    splits = data.load_splits(args.dataset, args.data_dir, seed, args.max_train, args.max_test)
-    tokenizer, task = data.load_tokenizer(lm), data.task_from_args(args)
-    tokens = data.label_tokens(tokenizer, task)
-    prompts = data.encode_splits(tokenizer, task, tokens, splits, args.max_len)
-    return Setup(args, seed, str(lm), tokenizer, task, tokens, prompts)
-
-
-def load_base(setup, trainable=False, weights=None):
-    """Return the frozen model with setup.adapter (None: the pretrained model), as training uses it.
-
-    With --dense the adapter is merged, unless it is trainable: then only its A and B require
-    gradients. weights: instead of --weights.
+    None: the method does not use it. A new field needs a default, which older rows then have.
+    Settings that change rounding only (device, dtype, ...) are beside the record in the row.
     """
-    args = setup.args
-    model = load_model(setup.lm, weights or args.weights, args.device, args.dtype)
-    model.checkpointing = args.checkpointing
-    if args.dense:
-        unpack_nf4(model)
-    if setup.adapter:
-        load_adapter(model, setup.run / setup.adapter)
-        if args.dense and not trainable:
-            merge_lora(model)
-    if not trainable:
-        model.requires_grad_(False)
-    return model.eval()
+    method: str
+    model: str              # `model.identify_model`
+    dataset: str
+    seed: int
+    base: str = None        # what QLoRA learns, or has trained the base on: "full" or "retain"
+    data: str = None        # `data.hash_files`
+    max_train: int = None
+    max_test: int = None
+    max_forget: int = None
+    max_eval: int = None
+    max_len: int = None
+    labels: tuple = None
+    generic: tuple = None
+    template: str = None
+    weights: str = None
+    lr: float = None
+    epochs: int = None
+    batch: int = None
+    clip: float = None
+    beta2: float = None
+    forget_per_batch: int = None
+    forget_fraction: float = None
+    alpha: float = None
+    beta: float = None
+    p: int = None
+    encoder: str = None
+    hidden: int = None
+    init: str = None
+    tune: str = None
+    rank: int = None
+    lora_alpha: float = None
+    lora_dropout: float = None
+    targets: tuple = None
+    base_training: "Record" = None
+
+    @property
+    def name(self):
+        """The directory of the row: the same for all seeds, except for its end."""
+        used = {key: value for key, value in asdict(self.at_seed(0)).items() if value is not None}
+        digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:6]
+        on = "-retain" if self.base == "retain" else ""
+        return f"{self.method}{on}-{digest}-s{self.seed}"
+
+    def at_seed(self, seed):
+        """Return the record of another seed."""
+        base = self.base_training and self.base_training.at_seed(seed)
+        return replace(self, seed=seed, base_training=base)
+
+
+def read_record(row):
+    """Return the Record of a row of results.json."""
+    values = {field.name: row[field.name] for field in fields(Record) if field.name in row}
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = tuple(value)
+    if values.get("base_training"):
+        values["base_training"] = read_record(values["base_training"])
+    return Record(**values)
 
 
 def read_rows(runs):
@@ -657,85 +553,244 @@ def read_rows(runs):
         file = Path(run) / "results.json"
         rows += read_json(file, "the results of a run of unlearn.py", ["rows"])["rows"]
         for row in rows:
-            expected = {"cell", "settings", "seed", "files", "adapter", *SETTINGS, *data.SPLITS}
-            missing = expected - row.keys()
+            missing = {"name", "method", "model", "dataset", "seed", *data.SPLITS} - row.keys()
             if missing:
                 raise InputError(f"{file}: a row without {min(missing)!r}; expected unlearn.py's")
     return rows
 
 
-def find_row(rows, cell):
-    """Return the finished row with the name and all settings of this cell, or None."""
+def find_row(rows, record):
+    """Return the row of this record, or None."""
     for row in rows:
-        if (row["cell"], row["settings"]) == (cell["cell"], cell["settings"]):
+        if read_record(row) == record:
             return row
     return None
 
 
-def spul_rows(runs, files=None):
-    """Return the spul rows, or only that of the phi in directory `files`. InputError for none."""
-    rows = [row for row in read_rows(runs)
-            if system_name(row) == "spul" and files in (None, row["files"])]
-    if not rows:
-        raise InputError(f"{runs[0]} has no finished spul row {files or ''}; run unlearn.py first")
-    return rows
+def choose_row(run, name=None, trains=None):
+    """Return the row whose name starts with `name`, or the newest one on a base that knows all.
 
-
-def load_run(run, files=None):
-    """Return the Setup of the phi in directory run/files, by default of the newest spul row.
-
-    On a machine without a GPU, a run of a GPU is loaded on the CPU, in float32.
+    trains: only rows that train "prompt", "adapter" or "weights".
     """
-    run, row = Path(run), spul_rows([run], files)[-1]
-    args = read_json(run / "args.json", "the flags of a run of unlearn.py", ["device", "data_dir"])
-    args = SimpleNamespace(**(args | row["settings"]))
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        args.device, args.dtype = "cpu", "fp32"
-    setup = load_data(args, row["seed"], row["lm"])
-    setup.run, setup.row, setup.adapter = run, row, row["adapter"]
-    setup.model = load_base(setup)
-    setup.phi = load_prompt(run / row["files"])
-    return setup
+    rows = [row for row in read_rows([run]) if row["trains"] and trains in (None, row["trains"])
+            and (name or row["base"] != "retain")]
+    found = [row for row in rows if row["name"].startswith(name or "")]
+    if not found or (name and len(found) > 1):
+        names = " ".join(row["name"] for row in rows) or "none: run unlearn.py first"
+        raise InputError(f"{run}: {len(found)} rows for --row {name}; expected one of {names}")
+    return found[-1]
+
+
+class Run:
+    """A run directory: args.json, log.csv, results.json, and a directory for each finished row.
+
+    A row's directory has row.json, its log.csv and its files. It is written as NAME.part and then
+    renamed, and results.json and log.csv are rebuilt from the finished ones: several processes may
+    share a run.
+    """
+
+    def __init__(self, dir, args):
+        self.dir, self.args = Path(dir), args
+        if is_rank_zero():
+            write_json(self.dir / "args.json", vars(args))
+            self.rebuild()
+        self.rows = read_rows([self.dir])
+
+    def part(self, record):
+        """Return the directory of an unfinished row."""
+        return self.dir / f"{record.name}.part"
+
+    def finish(self, record, results):
+        """Give a row its directory, and rebuild results.json. Returns the row."""
+        row = {"name": record.name, **asdict(record), "code": hash_method(), **results,
+               "finished": time.time()}
+        if is_rank_zero():
+            part, done = self.part(record), self.dir / record.name
+            write_json(part / "row.json", row)
+            (part / "state.pt").unlink(missing_ok=True)
+            if (done / "row.json").is_file():  # another process was faster
+                shutil.rmtree(part)
+            else:
+                shutil.rmtree(done, ignore_errors=True)
+                part.rename(done)
+            self.rebuild()
+        self.rows.append(row)
+        return row
+
+    def rebuild(self):
+        """Write results.json and log.csv from the finished rows' directories."""
+        paths = None
+        while paths != sorted(self.dir.glob("*-s*[0-9]/row.json")):  # again if a row has come
+            paths = sorted(self.dir.glob("*-s*[0-9]/row.json"))
+            rows = [read_json(path, "a row of unlearn.py", ["name", "finished"]) for path in paths]
+            rows.sort(key=lambda row: row["finished"])
+            write_json(self.dir / "results.json", {"args": vars(self.args), "rows": rows})
+        lines = []
+        for path in self.dir.glob("*-s*[0-9]/log.csv"):
+            with open(path, newline="", encoding="utf-8") as file:
+                lines += csv.DictReader(file)
+        write_log(self.dir / "log.csv", lines)
+
+
+def write_log(path, lines):
+    """Write dicts as a log.csv that has all of their columns."""
+    columns = dict.fromkeys(column for line in lines for column in line)
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def hash_method():
+    """Return a hash of the code that decides a result: the method's half of each file."""
+    names = ("model", "soft_prompt", "baselines", "lora", "data", "unlearn")
+    return hash_code(*[method_part(name) for name in names])
+
+
+def describe_reuse(row):
+    """Return a line about a finished row: where it was trained, and whether by other code."""
+    line = f"{row['name']} is finished ({row['device']}, {row['dtype']}), and not trained again"
+    if row["code"] != hash_method():
+        line += "; it was trained by other code: for new numbers give a new --out"
+    return line
+
+
+def describe_machine(args):
+    """Return what changes rounding, memory and time, but not the result: it is in each row."""
+    keys = ("device", "dtype", "dense", "checkpointing", "accumulate")
+    return {key: getattr(args, key) for key in keys} | {
+        "threads": torch.get_num_threads(), "processes": count_processes(),
+        "peak_memory_gb": round(peak_memory() / 1e9, 2),
+        "machine": f"{platform.machine()}, torch {torch.__version__}"}
+
+
+def peak_memory():
+    """Return the most bytes that the process has held at once: CUDA's, or its own (0: unknown)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Progress:
+    """Prints, at most every ten seconds, what is done and how long the rest takes."""
+
+    def __init__(self, what, total, done=0):
+        self.what, self.total, self.first = what, total, done
+        self.start = self.printed = time.perf_counter()
+
+    def update(self, done, text=""):
+        """Print a line if it is time for one. Returns whether it did."""
+        now = time.perf_counter()
+        is_due = now - self.printed >= 10 or (done == self.total and text != "")
+        if self.what and is_due:
+            rate = (now - self.start) / max(1, done - self.first)  # seconds per step or query
+            minutes = rate * (self.total - done) / 60
+            print(f"{self.what}  {done}/{self.total}  {text}  {minutes:.1f} min left", flush=True)
+            self.printed = now
+        return is_due
+
+
+# ---- support: loading a finished row -----------------------------------------------------------
+
+@dataclass
+class System:
+    """A model that answers: the base model or tuned weights, perhaps with a phi."""
+    record: Record
+    data: data.Dataset
+    model: torch.nn.Module
+    phi: torch.Tensor = None    # (p,D), or None
+    device: str = "cpu"
+
+
+def load_system(run, row, args, weights=None, trainable=False):
+    """Return the System of a finished row, on this machine.
+
+    args: --model, --data-dir and --threads, where they differ from the run's. weights: instead of
+    the record's. trainable: A and B of the base's adapter require gradients.
+    """
+    run, record, device, dtype = Path(run), read_record(row), row["device"], row["dtype"]
+    was = read_json(run / "args.json", "the flags of a run of unlearn.py", ["lm", "data_dir"])
+    lm, data_dir = args.model or was["lm"], args.data_dir or was["data_dir"]
+    found = identify_model(lm), data.hash_files(record.dataset, data_dir)
+    if found != (record.model, record.data):
+        raise InputError(f"{row['name']} was trained on model {record.model} and data "
+                         f"{record.data}; {lm} and {data_dir} are {found[0]} and {found[1]}: give "
+                         "the right directories with --model and --data-dir")
+    torch.set_num_threads(args.threads or row["threads"])
+    if not has_device(device):
+        print(f"{row['name']} was trained on {device}, which is not here: cpu, in float32")
+        device, dtype = "cpu", "fp32"
+    files, adapter, phi = run / row["name"], None, None
+    if row["trains"] == "adapter":
+        adapter = files
+    elif record.base_training:
+        adapter = run / find_row(read_rows([run]), record.base_training)["name"]
+    if row["trains"] == "weights":
+        model = load_model(files, "fp32", device, dtype)
+    else:
+        model = load_base(lm, adapter, weights or record.weights, device, dtype, row["dense"],
+                          trainable)
+    if row["trains"] == "prompt":
+        phi = load_prompt(files).to(device)
+    return System(record, data.load_dataset(record, data_dir, lm), model, phi, device)
 
 
 # ---- support: command line ---------------------------------------------------------------------
 
-FLAGS = """
-runs*      text                          -       run directories of unlearn.py
---plot     text                          -       draw Fig. 2, SPUL over --against, as this .png
---against  p|alpha|beta|forget_fraction  p       the x axis of --plot
---tsne     text                          -       draw Fig. 1, the states at the answer, as .png
---lens     text                          -       draw the answer layer by layer, as .png
---ask      text                          -       a text to answer without and with phi
---phi      text                          -       directory in the run of the phi to take
---explain  switch                        -       what phi does to two examples
---audit    switch                        -       is it really forgotten?
-"""
+def parse(argv=None):
+    """Return the flags."""
+    parser = argparse.ArgumentParser(
+        usage="python evaluate.py RUN [RUN ...] [flags]",
+        description="The paper's tables and figures. Example: python evaluate.py runs/toy --ask "
+        "'a lovely comedy'")
+    add = parser.add_argument
+    add("runs", nargs="+", help="run directories of unlearn.py")
+    add("--f1", action="store_true", help="F1 beside the accuracies")
+    add("--plot", metavar="PNG", help="draw Fig. 2, SPUL over --against")
+    add("--against", choices=("p", "alpha", "beta", "forget_fraction"), default="p",
+        help="the x axis of --plot")
+    add("--tsne", metavar="PNG", help="draw Fig. 1, the states at the answer")
+    add("--ask", metavar="TEXT", help="answer a text without and with phi")
+    add("--explain", action="store_true", help="what phi does to two examples")
+    add("--audit", action="store_true", help="is it really forgotten?")
+    add("--row", metavar="NAME", help="row to take, or the start of its name (default: the newest)")
+    add("--model", help="the model's directory, if it has moved")
+    add("--data-dir", help="the dataset's directory, if it has moved")
+    add("--threads", type=within(1, kind=int), help="CPU threads (default: the run's)")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Print the tables, or what a flag names."""
-    args = data.parse_flags("The paper's tables and figures.", FLAGS, argv)
-    for path in (args.plot, args.tsne, args.lens):
+    args = parse(argv)
+    for path in (args.plot, args.tsne):
         if path and not path.endswith(".png"):
             raise InputError(f"{path}: figures are written as .png; expected such a file name")
     run = args.runs[0]
-    if args.ask is not None:
-        ask(load_run(run, args.phi), args.ask)
-    elif args.explain:
-        explain(load_run(run, args.phi))
-    elif args.audit:
-        audit(run, args.phi)
-    elif args.tsne:
-        plot_tsne(load_run(run, args.phi), args.tsne)
-    elif args.lens:
-        plot_lens(load_run(run, args.phi), args.lens)
+    if args.audit:
+        first = choose_row(run, args.row, "prompt")
+        rows = [row for row in read_rows([run]) if args.row is None
+                and read_record(row).at_seed(0) == read_record(first).at_seed(0)]
+        audit(run, rows or [first], args)
+    elif args.ask is not None or args.explain or args.tsne:
+        row = choose_row(run, args.row, None if args.row else "prompt")
+        print(f"row: {row['name']}")
+        system = load_system(run, row, args)
+        if args.ask is not None:
+            ask(system, args.ask)
+        elif args.explain:
+            explain(system)
+        else:
+            plot_tsne(system, args.tsne)
     elif args.plot:
-        plot_against(spul_rows(args.runs), args.against, args.plot)
+        plot_against(read_rows(args.runs), args.against, args.plot)
     else:
-        rows = read_rows(args.runs)
-        print(f"{table(rows)}\n\n{efficiency(rows)}")
+        print(table(read_rows(args.runs), args.f1))
 
 
 if __name__ == "__main__":
-    sys.exit(data.run_cli(main))
+    sys.exit(run_cli(main))

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import (InputError, Linear4bit, check_shapes, file_name, read_json, read_tensors,
-                   unpack_nf4, write_adapter)
+from model import (ADAPTER, InputError, Linear4bit, check_shapes, file_name, load_model, read_json,
+                   read_tensors, unpack_nf4, write_adapter)
 
 
 class LoraLinear(nn.Module):
@@ -26,18 +26,19 @@ class LoraLinear(nn.Module):
         self.train(base.training)  # a loaded model is in eval mode: no dropout until train()
 
     def forward(self, x):
-        low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T    # (B,T,r)
-        update = low @ (self.alpha / self.rank * self.lora_B.to(x.dtype)).T            # (B,T,out)
+        low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T    # (rows,r)
+        update = low @ (self.alpha / self.rank * self.lora_B.to(x.dtype)).T            # (rows,out)
         return self.base(x) + update
 
 
 def add_lora(model, rank=16, alpha=64, dropout=0.1, targets=("q_proj", "v_proj")):
-    """Wrap every linear layer whose name is one of targets ("all": every one), in place.
+    """Wrap every linear layer that `targets` names, in place.
 
-    Returns the trainable parameters, A and B of each layer. InputError when no target is found.
+    targets: last parts of names (q_proj), full names (layers.0.self_attn.q_proj), or all. Returns
+    the trainable parameters, A and B of each layer. InputError when no target is found.
     """
     for name, layer in list(model.layers.named_modules(prefix="layers")):
-        is_target = "all" in targets or name.rpartition(".")[2] in targets
+        is_target = "all" in targets or name in targets or name.rpartition(".")[2] in targets
         if is_target and isinstance(layer, (nn.Linear, Linear4bit)):
             lora = LoraLinear(layer, rank, alpha, dropout)
             model.set_submodule(name, lora.to(model.embed_tokens.weight.device))
@@ -64,6 +65,26 @@ def merge_lora(model, dtype=None):
     return model.to(dtype)
 
 
+def load_base(dir, adapter=None, weights="nf4", device="cpu", dtype="fp32", dense=False,
+              trainable=False):
+    """Return the base model: the checkpoint in `dir` with QLoRA's adapter, frozen.
+
+    adapter: its directory, or None for the pretrained model. dense: unpack NF4 and merge the
+    adapter, which needs more memory and computes the same function faster. trainable: leave the
+    adapter unmerged; only its A and B require gradients. The others: see `model.load_model`.
+    """
+    model = load_model(dir, weights, device, dtype)
+    if dense:
+        unpack_nf4(model)
+    if adapter:
+        load_adapter(model, adapter)
+        if dense and not trainable:
+            merge_lora(model)
+    if not trainable:
+        model.requires_grad_(False)
+    return model.eval()
+
+
 # ---- support: files in PEFT's format -----------------------------------------------------------
 
 def peft_tensors(model):
@@ -86,16 +107,26 @@ def save_adapter(model, dir, lm=""):
                   lora_dropout=lora.dropout, target_modules=targets)
 
 
+# Values of PEFT's options that change the function but no tensor; others are refused by name.
+PLAIN_LORA = {"use_rslora": [False], "alpha_pattern": [{}], "fan_in_fan_out": [False],
+              "layer_replication": [], "alora_invocation_tokens": [],
+              "init_lora_weights": [True, False, "gaussian", "orthogonal", "eva"]}
+
+
 def load_adapter(model, dir):
     """Add the LoRA layers that PEFT or `save_adapter` wrote, in place. Returns their A and B."""
-    config = read_json(Path(dir) / "adapter_config.json", "a LoRA adapter",
-                       ["r", "lora_alpha", "lora_dropout", "target_modules"])
-    saved = read_tensors(dir, "adapter_model")
-    for key in ("use_rslora", "alpha_pattern"):  # PEFT's other options change the tensors
-        if config.get(key):
-            raise InputError(f"{dir}: {key} is {config[key]!r}; only plain LoRA is implemented")
-    params = add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"],
-                      config["target_modules"])
+    path = Path(dir) / "adapter_config.json"
+    config = read_json(path, "a LoRA adapter", ["r", "lora_alpha", "lora_dropout"])
+    for key, allowed in PLAIN_LORA.items():
+        if config.get(key) is not None and config[key] not in allowed:
+            raise InputError(f"{path}: {key} is {config[key]!r}; only plain LoRA is implemented")
+    saved, layers = read_tensors(dir, ADAPTER), {}
+    for name, layer in model.layers.named_modules(prefix="layers"):
+        layers[f"base_model.model.{file_name(model, name)}"] = name
+    targets = {layers.get(key.rpartition(".lora_")[0]) for key in saved} - {None}
+    if not targets:
+        raise InputError(f"{dir}: no LoRA layer of this model in it; expected its own adapter")
+    params = add_lora(model, config["r"], config["lora_alpha"], config["lora_dropout"], targets)
     tensors = peft_tensors(model)
     check_shapes(dir, saved, tensors)
     for name, w in tensors.items():

@@ -1,20 +1,32 @@
 """The language model h of Section 3.1: 4-bit weights, LLaMA and OPT by hand, checkpoint files.
 
+A batch is a list of rows: phi's p rows, then the T rows of each of B texts. x is (p+B*T,D), so that
+every norm, linear layer and MLP sees one matrix. Only `Attention` tells the parts apart.
+
 Axes are those of soft_prompt.py. G equals H, except under grouped-query attention, where H/G query
 heads share one key/value head. Parameters have Hugging Face's names, without the leading `model.`
 or `model.decoder.`. Every loaded weight is frozen.
 """
+import argparse
+import ast
+import functools
+import hashlib
 import json
 import math
 import os
+import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 
@@ -56,10 +68,16 @@ def quantize_nf4(w, block_size=64):
     return packed[:(n + 1) // 2], absmax
 
 
+@functools.cache
+def pairs_on(device):
+    """Return PAIRS on a device, copied there once."""
+    return PAIRS.to(device)
+
+
 def dequantize_nf4(packed, absmax, shape, dtype, block_size=64):
     """Return the weights of `shape` and `dtype` that `quantize_nf4` packed, scaled in float32."""
     full = F.pad(packed, (0, -len(packed) % (block_size // 2)))  # complete the last block
-    values = F.embedding(full.int(), PAIRS.to(packed.device))  # (n/2,2)
+    values = F.embedding(full.int(), pairs_on(packed.device))  # (n/2,2)
     values.view(-1, block_size).mul_(absmax[:, None])
     return values.view(-1)[:math.prod(shape)].view(shape).to(dtype)
 
@@ -86,8 +104,14 @@ class Linear4bit(nn.Module):
         self.out_features, self.in_features = weight.shape
         packed, absmax = quantize_nf4(weight)
         self.register_buffer("packed", packed)
-        self.register_buffer("absmax", absmax)
+        # kept as integers: `model.to(torch.bfloat16)` would round floats
+        self.register_buffer("absmax_bits", absmax.view(torch.int32))
         self.bias = bias
+
+    @property
+    def absmax(self):
+        """The blocks' scales, float32."""
+        return self.absmax_bits.view(torch.float32)
 
     def dequantize(self, dtype):
         return dequantize_nf4(self.packed, self.absmax, self.shape, dtype)
@@ -131,20 +155,55 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x, rotary):
-    """Rotate each pair (x[i], x[i+d/2]) of x (B,H,T,d), Hugging Face's half-split layout.
+    """Rotate each pair (x[i], x[i+d/2]) of x (rows,H,d), Hugging Face's half-split layout.
 
-    The first half of the sines is negated in the table: x[i] cos - x[i+d/2] sin.
+    rotary: cos and sin (2,rows,1,d). The first half of the sines is negated in the table:
+    x[i] cos - x[i+d/2] sin.
     """
     cos, sin = rotary
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
-class Attention(nn.Module):
-    """Causal self-attention over phi's keys and values (`prefix`) and the text's own.
+def split_rows(x, p, T):
+    """Return phi's part (1,H,p,d) and the texts' part (B,H,T,d) of x (p+B*T,H,d)."""
+    phi, texts = x.split([p, len(x) - p])
+    texts = texts.reshape(len(texts) // T, T, *x.shape[1:])                # (B,T,H,d)
+    phi = phi.transpose(0, 1)[None].clone()  # a view would keep all rows for the backward pass
+    return phi, texts.transpose(1, 2)
 
-    x (B,T,D) -> (B,T,D) and x's own K, V (B,G,T,d). x is the text, or in `prompt_kv` phi itself.
-    prefix: phi's K, V (1,G,p,d) or None. rotary: (2,T,d) or None. The softmax is written out, which
-    on CPUs is also faster than F.scaled_dot_product_attention.
+
+def join_rows(phi, texts):
+    """Return phi's part (1,H,p,d) and the texts' part (B,H,T,d) as one matrix (p+B*T,H*d)."""
+    phi = phi[0].transpose(0, 1).flatten(1)                                # (p,H*d)
+    texts = texts.transpose(1, 2).flatten(0, 1).flatten(1)                 # (B*T,H*d)
+    return torch.cat([phi, texts])
+
+
+def attend(q, k, v):
+    """Return causal attention (B,H,T,d) of q (B,H,T,d) over k and v (B,G,S,d), S >= T.
+
+    The last T of the S positions are the queries' own. Each query sees the S-T before them (phi)
+    and its own text up to itself, so real tokens never see right padding. The softmax is written
+    out, which on CPUs is also faster than F.scaled_dot_product_attention.
+    """
+    B, H, T, d = q.shape
+    G, S = k.shape[1:3]
+    if q.is_cuda and T > 0:  # the same in one kernel, which keeps no scores (a test compares them)
+        return F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, S), enable_gqa=True)
+    # stack the queries of the H/G heads that share a key/value head: one product for all
+    q = q.reshape(B, G, H // G * T, d) * d ** -0.5
+    scores = (q @ k.mT).view(B, H, T, S)
+    scores += torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+    weights = scores.softmax(-1).view(B, G, H // G * T, S)
+    return (weights @ v).view(B, H, T, d)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: phi's rows see phi; a text's rows see phi, then their own text.
+
+    x (p+B*T,D) -> (p+B*T,D). This equals prepending phi to every text (`soft_prompt.prepend`):
+    phi comes first and never sees a text, so its keys and values are the same for all of them.
+    With p = 30, B = 32, T = 48 there are 1,566 rows instead of 2,496.
     """
 
     def __init__(self, config, out_name, bias):
@@ -157,32 +216,25 @@ class Attention(nn.Module):
         self.out_name = out_name  # LLaMA: o_proj, OPT: out_proj
         self.add_module(out_name, nn.Linear(self.H * self.d, D, bias))
 
-    def forward(self, x, prefix, rotary):
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, self.d).transpose(1, 2)      # (B,H,T,d)
-        k = self.k_proj(x).view(B, T, self.G, self.d).transpose(1, 2)      # (B,G,T,d)
-        v = self.v_proj(x).view(B, T, self.G, self.d).transpose(1, 2)      # (B,G,T,d)
+    def forward(self, x, rotary, p, T):
+        q = self.q_proj(x).unflatten(-1, (self.H, self.d))                 # (p+B*T,H,d)
+        k = self.k_proj(x).unflatten(-1, (self.G, self.d))                 # (p+B*T,G,d)
+        v = self.v_proj(x).unflatten(-1, (self.G, self.d))                 # (p+B*T,G,d)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        own_kv = (k, v)
-        if prefix is not None:  # phi: p more keys and values, the same for every example
-            k = torch.cat([prefix[0].expand(B, -1, -1, -1), k], dim=2)     # (B,G,p+T,d)
-            v = torch.cat([prefix[1].expand(B, -1, -1, -1), v], dim=2)     # (B,G,p+T,d)
-        p = k.shape[2] - T
-        # stack the queries of the H/G heads that share a key/value head: one product for all
-        n_rows = self.H // self.G * T
-        q = q.reshape(B, self.G, n_rows, self.d) * self.d ** -0.5          # (B,G,n_rows,d)
-        scores = (q @ k.mT).view(B, self.H, T, p + T)                      # (B,H,T,p+T)
-        # a query sees phi and the text up to itself, so real tokens never see right padding
-        mask = torch.full((T, p + T), -math.inf, dtype=x.dtype, device=x.device).triu(p + 1)
-        weights = (scores + mask).softmax(-1)                              # (B,H,T,p+T)
-        y = weights.view(B, self.G, n_rows, p + T) @ v                     # (B,G,n_rows,d)
-        y = y.view(B, self.H, T, self.d).transpose(1, 2).flatten(2)        # (B,T,H*d)
-        return getattr(self, self.out_name)(y), own_kv
+        q_phi, q = split_rows(q, p, T)                                     # (1,H,p,d), (B,H,T,d)
+        k_phi, k = split_rows(k, p, T)                                     # (1,G,p,d), (B,G,T,d)
+        v_phi, v = split_rows(v, p, T)                                     # (1,G,p,d), (B,G,T,d)
+        y_phi = attend(q_phi, k_phi, v_phi)                                # (1,H,p,d)
+        B = len(q)
+        k = torch.cat([k_phi.expand(B, -1, -1, -1), k], dim=2)             # (B,G,p+T,d)
+        v = torch.cat([v_phi.expand(B, -1, -1, -1), v], dim=2)             # (B,G,p+T,d)
+        y = attend(q, k, v)                                                # (B,H,T,d)
+        return getattr(self, self.out_name)(join_rows(y_phi, y))
 
 
 class LlamaLayer(nn.Module):
-    """x (B,T,D) -> (B,T,D) and the attention's K, V."""
+    """x (p+B*T,D) -> (p+B*T,D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -195,12 +247,11 @@ class LlamaLayer(nn.Module):
             "up_proj": nn.Linear(D, width, bias=False),
             "down_proj": nn.Linear(width, D, bias=False)})
 
-    def forward(self, x, prefix, rotary):
-        a, kv = self.self_attn(self.input_layernorm(x), prefix, rotary)
-        x = x + a
+    def forward(self, x, rotary, p, T):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, p, T)
         m = self.post_attention_layernorm(x)
         gate = F.silu(self.mlp.gate_proj(m))  # SwiGLU
-        return x + self.mlp.down_proj(gate * self.mlp.up_proj(m)), kv
+        return x + self.mlp.down_proj(gate * self.mlp.up_proj(m))
 
 
 class OPTLayer(nn.Module):
@@ -215,10 +266,9 @@ class OPTLayer(nn.Module):
         self.fc1 = nn.Linear(D, width)
         self.fc2 = nn.Linear(width, D)
 
-    def forward(self, x, prefix, rotary):
-        a, kv = self.self_attn(self.self_attn_layer_norm(x), prefix, rotary)
-        x = x + a
-        return x + self.fc2(F.relu(self.fc1(self.final_layer_norm(x)))), kv
+    def forward(self, x, rotary, p, T):
+        x = x + self.self_attn(self.self_attn_layer_norm(x), rotary, p, T)
+        return x + self.fc2(F.relu(self.fc1(self.final_layer_norm(x))))
 
 
 class LanguageModel(nn.Module):
@@ -228,35 +278,41 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # True: keep only each layer's input for the backward pass
+        self.autocast = False       # True: compute in bf16 with float32 weights
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         tie_head(self)
 
-    def forward(self, tokens, answer_pos=None, prefix=None):
-        """Return logits (B,V) at answer_pos (B,) in 0..T-1, or (B,T,V) when it is None.
+    def forward(self, tokens, answers=None, phi=None):
+        """Return h(phi, x): logits (N,V) at the answer rows, or (B,T,V) when `answers` is None.
 
-        tokens: (B,T), or embeddings (B,T,D). prefix: `soft_prompt.prompt_kv` of a phi, whose p
-        positions come before the text's.
+        tokens: (B,T), or embeddings (B,T,D). answers: (N,), rows of the flattened B*T positions.
+        phi: (p,D), the soft prompt before every text, or None.
         """
-        state, _ = self.hidden(tokens, answer_pos, prefix)
-        return self.lm_head(state)
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.lm_head(self.states(tokens, answers, phi))
 
-    def hidden(self, tokens, answer_pos=None, prefix=None):
-        """Return the state that lm_head reads, (B,D) or (B,T,D), and each layer's own K, V."""
-        p = prefix[0][0].shape[2] if prefix else 0
-        x = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
-        x, rotary = self.add_positions(x, p)
-        new_kv = []
-        for layer, phi_kv in zip(self.layers, prefix or [None] * len(self.layers)):
-            if self.checkpointing:
-                x, kv = checkpoint(layer, x, phi_kv, rotary, use_reentrant=False)
+    def states(self, tokens, answers=None, phi=None):
+        """Return the states that lm_head reads, (N,D) or (B,T,D). Arguments: see `forward`."""
+        embeds = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
+        B, T, D = embeds.shape
+        if phi is None:
+            phi = embeds.new_zeros(0, D)
+        p = len(phi)
+        x = torch.cat([phi.to(embeds), embeds.flatten(0, 1)])              # (p+B*T,D)
+        of_phi = torch.arange(p, device=x.device)
+        of_text = torch.arange(p, p + T, device=x.device)
+        positions = torch.cat([of_phi, of_text.repeat(B)])                 # (p+B*T,)
+        x, rotary = self.add_positions(x, positions, p + T)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rotary, p, T, use_reentrant=False)
             else:
-                x, kv = layer(x, phi_kv, rotary)
-            new_kv.append(kv)
-        if answer_pos is not None:
-            x = x[torch.arange(len(x), device=x.device), answer_pos]  # (B,D)
-        return self.norm(x), new_kv
+                x = layer(x, rotary, p, T)
+        if answers is None:
+            return self.norm(x[p:]).view(B, T, D)
+        return self.norm(x[p + answers])                                   # (N,D)
 
 
 class Llama(LanguageModel):
@@ -267,13 +323,17 @@ class Llama(LanguageModel):
         super().__init__(config, LlamaLayer)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def add_positions(self, x, p):
-        """Return x itself and cos, sin (2,T,d) of positions p ... p+T-1 (RoFormer, Eq. 34)."""
-        d, T = self.config.head_dim, x.shape[1]
+    def add_positions(self, x, positions, n):
+        """Return x, and cos and sin (2,rows,1,d) of the rows' positions, all below n.
+
+        RoFormer, Eq. 34; the angles are in float32.
+        """
+        d = self.config.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device) / d)
-        angle = torch.arange(p, p + T, device=x.device)[:, None] * frequency  # (T,d/2)
-        angle = torch.cat([-angle, angle], dim=-1)  # (T,d); sin(-a) = -sin(a): see `rotate`
-        return x, torch.stack([angle.cos(), angle.sin()]).to(x.dtype)
+        angle = torch.arange(n, device=x.device)[:, None] * frequency      # (n,d/2)
+        angle = torch.cat([-angle, angle], dim=-1)  # (n,d); sin(-a) = -sin(a): see `rotate`
+        table = torch.stack([angle.cos(), angle.sin()]).to(x.dtype)        # (2,n,d)
+        return x, table[:, positions, None]
 
 
 class OPT(LanguageModel):
@@ -289,15 +349,33 @@ class OPT(LanguageModel):
     def norm(self, x):
         return self.final_layer_norm(x)
 
-    def add_positions(self, x, p):
-        """Return x plus its learned positions, which start after phi's p, and no rotary tables."""
-        T, most = x.shape[1], self.config.max_position_embeddings
-        if p + T > most:
-            raise InputError(f"{p} + {T} tokens; OPT has {most} positions; lower --max-len or --p")
-        return x + self.embed_positions(torch.arange(p, p + T, device=x.device) + 2), None
+    def add_positions(self, x, positions, n):
+        """Return x plus its learned positions, all below n, and no rotary tables."""
+        most = self.config.max_position_embeddings
+        if n > most:
+            raise InputError(f"phi and text have {n} tokens; OPT has {most} positions; lower "
+                             "--max-len or --p")
+        return x + self.embed_positions(positions + 2), None
 
 
-# ---- support: checkpoint files, devices --------------------------------------------------------
+def activation_bytes(config, B, T, p, size, is_frozen):
+    """Return the bytes kept for the backward pass: all layers, and with checkpointing.
+
+    size: bytes per number, 2 or 4. Keeps per layer: the norms' inputs (LLaMA's in float32), q,
+    the keys and values of B texts, the attention weights, the MLP's products; unless the linear
+    layers are frozen, also their inputs.
+    """
+    R, D, F = p + B * T, config.hidden_size, config.intermediate_size
+    H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    is_llama = config.model_type == "llama"
+    layer = size * (R * H * d + 2 * B * (p + T) * G * d + B * H * T * (p + T))
+    layer += (8 * R * D + 3 * size * R * F) if is_llama else size * (2 * R * D + R * F)
+    if not is_frozen:
+        layer += size * R * (2 * D + H * d + F)
+    return config.num_hidden_layers * layer, config.num_hidden_layers * size * R * D + layer
+
+
+# ---- support: checkpoint files -----------------------------------------------------------------
 
 def tie_head(model):
     """Use one matrix for embedding and head where config.json says so."""
@@ -310,15 +388,16 @@ def build(config):
     return Llama(config) if config.model_type == "llama" else OPT(config)
 
 
-def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
+def load_model(dir, weights="nf4", device="cpu", dtype=None):
     """Return the frozen model of a checkpoint directory. InputError for files that do not fit.
 
-    weights: "nf4" (every matrix except embedding and head in 4 bits), "bf16" or "fp32".
-    dtype: with "nf4", the precision ("bf16" or "fp32") of all that is not in 4 bits.
-    Tensors are read and quantised one at a time.
+    weights: "nf4" (every matrix except embedding and head in 4 bits), "bf16" or "fp32", to which
+    values are rounded. dtype: "bf16" or "fp32", which the others are held in; by default float32,
+    and bfloat16 with weights="bf16". Tensors are read and quantised one at a time.
     """
-    precision = dtype if weights == "nf4" else weights
-    torch_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = dtype or ("bf16" if weights == "bf16" else "fp32")
+    is_half = dtype == "bf16" and weights != "fp32"
+    held = torch.bfloat16 if is_half else torch.float32
     with torch.device("meta"):
         model = build(read_config(dir))
     for name, tensor in find_tensors(dir, model).items():
@@ -327,9 +406,12 @@ def load_model(dir, weights="nf4", device="cpu", dtype="fp32"):
         if weights == "nf4" and name.startswith("layers.") and tensor.dim() == 2:
             model.set_submodule(place, Linear4bit(tensor.to(device), layer.bias))
         else:
-            tensor = tensor.to(device, torch_dtype, copy=True)  # no view of the mapped file
+            if weights == "bf16":
+                tensor = tensor.to(torch.bfloat16)
+            tensor = tensor.to(device, held, copy=True)  # no view of the mapped file
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
     tie_head(model)
+    model.autocast = dtype == "bf16" and not is_half
     return model.eval()
 
 
@@ -362,17 +444,37 @@ def save_model(model, dir):
         "ffn_dim": model.config.intermediate_size})  # OPT's name for it
 
 
+def identify_model(dir):
+    """Return the directory's name with a hash of its configuration and of its tensors' first rows.
+
+    A moved model is the same model; another one under the same name is not.
+    """
+    dir = Path(dir).resolve()
+    digest = hashlib.sha256(json.dumps(vars(read_config(dir)), sort_keys=True).encode())
+    for name, tensor in sorted(read_tensors(dir, CHECKPOINT).items()):
+        row = tensor[:1].float().numpy().tobytes()
+        digest.update(name.encode() + row)
+    return f"{dir.name}-{digest.hexdigest()[:8]}"
+
+
 @contextmanager
 def atomic_write(path):
-    """Yield a temporary path; then rename it to `path`, so that a file is complete or absent."""
+    """Write atomically: yield a temporary path, then rename it. InputError if that fails."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors would leave the file readable for its owner only
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what the writers raise
+        raise InputError(f"{path}: cannot be written ({error}); expected room on the disk and a "
+                         "directory that you may write to")
     finally:
-        temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -393,38 +495,58 @@ def read_json(path, expected, keys=()):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:  # ValueError: malformed JSON or UTF-8
         raise InputError(f"{path}: not readable as JSON ({e}); expected {expected}")
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object; expected {expected}")
     for key in keys:
         if key not in value:
             raise InputError(f"{path}: no {key!r} in it; expected {expected}")
     return value
 
 
-def read_tensors(dir, stem):
-    """Return {name: tensor}, memory-mapped, of dir/stem.safetensors or .bin, or of its shards."""
-    tensors, paths = {}, sorted(Path(dir).glob(f"{stem}*.safetensors"))
-    for path in paths or sorted(Path(dir).glob(f"*{stem}*.bin")):
+CHECKPOINT = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def find_files(dir, names):
+    """Return the paths of the first of `names` in dir, or of the shards that its index names."""
+    for name in names:
+        path, index = Path(dir, name), Path(dir, f"{name}.index.json")
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            shards = read_json(index, "an index of shards", ["weight_map"])["weight_map"]
+            return [Path(dir, shard) for shard in sorted(set(shards.values()))]
+    raise InputError(f"{dir}: no {' or '.join(names)}; expected a checkpoint")
+
+
+def read_tensors(dir, names):
+    """Return {name: tensor}, memory-mapped, of the first of the files `names` in dir."""
+    tensors = {}
+    for path in find_files(dir, names):
         try:
             if path.suffix == ".safetensors":
                 tensors |= load_file(path)
             else:  # weights_only: a pickle that brings code of its own is refused
-                tensors |= torch.load(path, "cpu", weights_only=True, mmap=True)
+                is_mapped = zipfile.is_zipfile(path)  # the older form of .bin is not a zip file
+                tensors |= torch.load(path, "cpu", weights_only=True, mmap=is_mapped)
         except Exception as e:  # a damaged file may raise anything
             reason = str(e).partition("\n")[0]
             raise InputError(f"{path}: not readable as tensors ({reason}); download it again")
-    if not tensors:
-        raise InputError(f"{dir}: no {stem}.safetensors or .bin; expected a checkpoint")
     return tensors
 
 
 def find_tensors(dir, model):
     """Return {parameter name: tensor} of a checkpoint, exactly the model's parameters."""
     found = {}
-    for name_in_file, tensor in read_tensors(dir, "model").items():
+    for name_in_file, tensor in read_tensors(dir, CHECKPOINT).items():
         name = name_in_file.removeprefix("model.").removeprefix("decoder.")
         if not name.endswith("rotary_emb.inv_freq"):  # constants in LLaMA-2's published files
             found[name] = tensor
     if model.config.tie_word_embeddings and "lm_head.weight" in found:  # stored once or twice
-        found.setdefault("embed_tokens.weight", found.pop("lm_head.weight"))
+        head = found.pop("lm_head.weight")
+        if not torch.equal(found.setdefault("embed_tokens.weight", head), head):
+            raise InputError(f"{dir}: lm_head.weight differs from embed_tokens.weight, but "
+                             "config.json ties them; set tie_word_embeddings to false")
     check_shapes(dir, found, dict(model.named_parameters()))
     return found
 
@@ -441,7 +563,7 @@ def check_shapes(dir, tensors, expected):
 
 def write_adapter(dir, tensors, peft_type, lm, **settings):
     """Write an adapter as PEFT reads it. lm: the model's name."""
-    write_tensors(Path(dir) / "adapter_model.safetensors", tensors)
+    write_tensors(Path(dir) / ADAPTER[0], tensors)
     write_json(Path(dir) / "adapter_config.json", {
         "peft_type": peft_type, "task_type": "CAUSAL_LM", "base_model_name_or_path": str(lm),
         **settings})
@@ -471,9 +593,86 @@ def read_config(dir):
     return Config(**{name: values[name] for name in Config.__annotations__ if name in values})
 
 
-def check_device(device):
-    """InputError for a device that is not there."""
+def method_part(name):
+    """Return the source of the file name.py above its support code."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return source.partition("\n# ---- support")[0]
+
+
+def hash_code(*sources):
+    """Return a hash of Python code that comments, docstrings and layout do not change."""
+    digest = hashlib.sha256()
+    for source in sources:
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                if ast.get_docstring(node, clean=False) is not None:
+                    del node.body[0]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:8]
+
+
+# ---- support: devices, processes (torchrun), command lines -------------------------------------
+
+def has_device(device):
+    """Whether this machine has the device: cpu, or cuda, cuda:1 or mps on a GPU."""
     try:
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=device).numel() == 1
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device}: no such device here; expected cpu, or cuda on a GPU")
+        return False
+
+
+def is_rank_zero():
+    """Whether this is the only process, or the first one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def count_processes():
+    """Return how many processes torchrun started, or 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_of_process(values):
+    """Return this process's part of a list: all of it, unless torchrun started several."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return values[rank::count_processes()]
+
+
+def gather_objects(value):
+    """Return the list of all processes' values."""
+    values = [value] * count_processes()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def within(low, high=math.inf, kind=float):
+    """Return argparse's type for a number from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}; expected {low:g} to {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse: "invalid float value: 'x'"
+    return parse
+
+
+def run_cli(main):
+    """Run a command line and return its exit status: 2 after a mistake in the input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without the text's characters
+    try:
+        main()
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: out of memory; add --checkpointing, then --accumulate 4, or lower --max-len",
+              file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last finished epoch",
+              file=sys.stderr)
+        return 130
+    return 2

@@ -1,23 +1,23 @@
 """SPUL, Section 3: a soft prompt phi that makes a frozen language model unlearn part of its data.
 
 No weight of the model changes. phi is p learned embeddings, put before the tokens of every query.
-Only the small encoder that computes phi is trained, with three losses (Eq. 2-4; their sum: Eq. 5).
+Only phi is trained, with three losses (Eq. 2-4; their sum: Eq. 5).
 Where to look:
     Eq. (2) to (5)                                  cross_entropy, kl_divergence, spul_loss
-    a batch without forget examples                 mean_over: L_f is 0
-    phi's keys and values enter attention           model.Attention.forward
+    a step without forget examples                  their weights are 0, so L_f is 0
+    phi enters attention                            model.Attention.forward
     what a method starts from and what it trains    unlearn.make_trainable
     a method of your own                            unlearn.METHODS
 
-Axes, in every file: B examples of a batch, T tokens of a text, p tokens of the soft prompt,
-D width of the model, V words, H attention heads, G key/value heads, d width of a head, r rank of
-LoRA.
+Axes, in every file: B texts of a batch, T tokens of a text, p tokens of the soft prompt, N answer
+rows of a batch (one per token of each text's answer), D width of the model, V words, H attention
+heads, G key/value heads, d width of a head, r rank of LoRA.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import InputError, read_tensors, write_adapter
+from model import ADAPTER, InputError, read_tensors, write_adapter
 
 
 class PromptEncoder(nn.Module):
@@ -47,76 +47,65 @@ class PromptEncoder(nn.Module):
         return self.init + self.mlp_head(self.embedding.weight)
 
 
+class DirectPrompt(nn.Module):
+    """phi (p,D) = init + unit * free: p x D trainable parameters that start at zero.
+
+    unit: the standard deviation of the model's embeddings, so that one learning rate suits models
+    whose embeddings differ in size. (paper: learns phi through the encoder above.)
+    """
+
+    def __init__(self, init, unit):
+        super().__init__()
+        self.free = nn.Parameter(torch.zeros(init.shape, device=init.device))
+        self.register_buffer("init", init.float())
+        self.unit = unit
+
+    def forward(self):
+        return self.init + self.unit * self.free
+
+
 def prepend(phi, embeds):
     """Return phi (p,D) followed by embeds (B,T,D), as (B,p+T,D).
 
-    This is the definition. Training and evaluation use `prompt_kv`, with which the model gives the
-    same logits at a lower cost (a test compares both, and the gradients).
+    This is the definition of h(phi, x). `model.Attention` gives the same logits at a lower cost
+    (a test compares both, and the gradients).
     """
     phi = phi.to(embeds.dtype).expand(len(embeds), -1, -1)  # (B,p,D)
     return torch.cat([phi, embeds], dim=1)
 
 
-def prompt_kv(model, phi):
-    """Return `prefix`: for each layer the keys and values (1,G,p,d) of phi (p,D), with gradient.
-
-    Attention is causal, so phi at positions 0 ... p-1 never sees the text, and its keys and values
-    are the same for every example. `model.Attention` puts them before those of the text, whose
-    positions start at p, so the text sees just what it would see behind phi itself. Computed once
-    per batch they cost p tokens instead of B*p: with p = 30, B = 32, T = 48 a batch has 1,566
-    tokens instead of 2,496.
-    """
-    embeds = phi.to(model.embed_tokens.weight)[None]  # (1,p,D), of its dtype and device
-    _, prefix = model.hidden(embeds)  # each layer's K, V; the states are not needed
-    return prefix
+def cross_entropy(logits, y):
+    """Return -log h(y|x) (N,) of logits (N,V) at tokens y (N,), in float32."""
+    return F.cross_entropy(logits.float(), y, reduction="none")
 
 
-def mean_over(values, part):
-    """Return the mean of those values (B,) whose part (B,) is True; 0 if there are none.
+def kl_divergence(logits, base_logprobs):
+    """Return KL(h(phi,x) || h(x)) (N,), in float32. (released code: the other direction.)
 
-    On SST-2, 38 % of the paper's batches hold no forget example.
-    """
-    part = part.to(values.dtype)
-    return (values * part).sum() / part.sum().clamp(min=1)
-
-
-def cross_entropy(logits, y, part):
-    """Return the mean over `part` of -log h(y|x), in float32.
-
-    logits (B,V), y (B,) tokens, part (B,) bool.
-    """
-    return mean_over(F.cross_entropy(logits.float(), y, reduction="none"), part)
-
-
-def kl_divergence(logits, base_logprobs, part):
-    """Return Eq. (4): the mean over `part` of KL(h(phi,x) || h(x)), in float32.
-
-    logits (B,V) of what is trained, base_logprobs (B,V) of the frozen base, part (B,) bool.
-    (released code: the other direction)
+    logits (N,V) of what is trained, base_logprobs (N,V) of the frozen base.
     """
     logprobs = logits.float().log_softmax(-1)
-    divergence = (logprobs.exp() * (logprobs - base_logprobs.float())).sum(-1)  # (B,)
-    return mean_over(divergence, part)
+    return (logprobs.exp() * (logprobs - base_logprobs.float())).sum(-1)
 
 
-def spul_loss(logits, base_logprobs, y, is_forget, alpha, beta):
+def spul_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
     """Return the loss L of Eq. (5) and its parts {"L_f", "L_r", "L_kl"}.
 
-    logits         (B,V)  h(phi, x) at the answer position, with gradient
-    base_logprobs  (B,V)  log h(x), without the prompt
-    y              (B,)   target tokens: a random generic answer for a forget example, the true
-                          answer for a retain example
-    is_forget      (B,)   bool
+    logits         (N,V)  h(phi, x) at the answer rows, with gradient
+    base_logprobs  (N,V)  log h(x), without the prompt
+    y              (N,)   target tokens: of a random generic answer for a forget example, of the
+                          true answer for a retain example
+    w_forget       (N,)   1 / (forget examples in the step) on their rows, 0 on the others
+    w_retain       (N,)   1 / (retain examples in the step) on their rows, 0 on the others
 
-    Each part is the mean over its examples, and 0 when the batch holds none of them. (paper: sums
-    over D_f and D_r; released code: means, as here. With means, a forget example of SST-2 weighs
-    about 30 times as much as a retain example.)
+    So each part is a mean over examples, and 0 when the step has none of them. (paper: sums over
+    D_f and D_r; released code: means, as here. With means, a forget example of SST-2 weighs about
+    30 times as much as a retain example.)
     """
-    is_retain = ~is_forget
-    L_f = cross_entropy(logits, y, is_forget)               # Eq. (2)
-    L_r = cross_entropy(logits, y, is_retain)               # Eq. (3)
-    L_kl = kl_divergence(logits, base_logprobs, is_retain)  # Eq. (4)
-    loss = L_f + alpha * L_r + beta * L_kl                  # Eq. (5)
+    L_f = (cross_entropy(logits, y) * w_forget).sum()                  # Eq. (2)
+    L_r = (cross_entropy(logits, y) * w_retain).sum()                  # Eq. (3)
+    L_kl = (kl_divergence(logits, base_logprobs) * w_retain).sum()     # Eq. (4)
+    loss = L_f + alpha * L_r + beta * L_kl                             # Eq. (5)
     return loss, {"L_f": L_f, "L_r": L_r, "L_kl": L_kl}
 
 
@@ -131,7 +120,7 @@ def save_prompt(phi, dir, lm=""):
 
 def load_prompt(dir):
     """Return phi (p,D), float32, as `save_prompt` or PEFT (P-tuning, prompt tuning) wrote it."""
-    tensors = read_tensors(dir, "adapter_model")
+    tensors = read_tensors(dir, ADAPTER)
     if "prompt_embeddings" not in tensors:
         raise InputError(f"{dir}: no tensor prompt_embeddings; expected a soft prompt")
     return tensors["prompt_embeddings"].float()

@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,23 +36,25 @@ import lora
 import model
 import soft_prompt
 import unlearn
+from data import Query
 from model import InputError
 
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared"
 
 
-# ---- 1. the method: Eq. (2) to (5), and the shared prompt --------------------------------------
+# ---- 1. the method: Eq. (2) to (5), answers, and phi before every text -------------------------
 
-PROMPTED = [[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]  # h(phi, x) of three examples
+PROMPTED = [[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]  # h(phi, x) at three answer rows
 BASE = [[0.6, 0.2, 0.2], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]]        # h(x)
-Y, IS_FORGET = [1, 2, 0], [True, False, False]
+Y = [1, 2, 0]
 
-def loss_by_name(name, is_forget=IS_FORGET, y=Y, alpha=0.5, beta=0.1):
-    """Return a method's loss on the tiny batch, its parts and the gradient of the logits."""
+def loss_by_name(name, w_forget=(1, 0, 0), w_retain=(0, 0.5, 0.5), alpha=0.5, beta=0.1):
+    """Return a method's loss on the three rows, its parts and the gradient of the logits."""
     logits = (torch.tensor(PROMPTED).log() + 7).requires_grad_()  # a constant changes no softmax
     loss, parts = unlearn.METHODS[name].loss(
-        logits, torch.tensor(BASE).log(), torch.tensor(y), torch.tensor(is_forget), alpha, beta)
+        logits, torch.tensor(BASE).log(), torch.tensor(Y), torch.tensor(w_forget),
+        torch.tensor(w_retain), alpha, beta)
     loss.backward()
     return loss.item(), {key: part.item() for key, part in parts.items()}, logits.grad
 
@@ -58,25 +62,44 @@ def kl_by_hand(p, q):
     """Return KL(p || q) of two lists of probabilities."""
     return sum(p_i * math.log(p_i / q_i) for p_i, q_i in zip(p, q))
 
+KL_BY_HAND = [kl_by_hand(p, q) for p, q in zip(PROMPTED, BASE)]
+
 def test_the_spul_loss_equals_equations_2_to_5_computed_by_hand():
-    loss, parts, _ = loss_by_name("spul")
+    loss, parts, _ = loss_by_name("spul")  # one forget and two retain examples of one token each
     L_f = -math.log(0.25)
     L_r = -(math.log(0.5) + math.log(0.1)) / 2
-    L_kl = (kl_by_hand(PROMPTED[1], BASE[1]) + kl_by_hand(PROMPTED[2], BASE[2])) / 2
+    L_kl = (KL_BY_HAND[1] + KL_BY_HAND[2]) / 2
     assert parts == pytest.approx({"L_f": L_f, "L_r": L_r, "L_kl": L_kl}, rel=1e-5)
     assert loss == pytest.approx(L_f + 0.5 * L_r + 0.1 * L_kl, rel=1e-5)
 
+def test_an_answer_of_several_tokens_has_its_whole_probability_in_the_loss():
+    a, b, c, yes, no, covered = range(1, 7)
+    queries = [Query((a, b), (yes,), False), Query((c,), (no, covered), True),
+               Query((a, b, c, a), (no,), False)]
+    batch = data.collate(queries, [0, 1, 2], [0, 1, 2], "cpu")
+    assert batch.tokens.tolist() == [[a, b, 0, 0], [c, no, 0, 0], [a, b, c, a]]
+    assert batch.answers.tolist() == [1, 4, 5, 11]
+    assert batch.y.tolist() == [yes, no, covered, no]
+    assert batch.w_forget.tolist() == [0, 1, 1, 0] and batch.w_retain.tolist() == [0.5, 0, 0, 0.5]
+    part = data.collate(queries, [1, 2], [0, 1, 2], "cpu")  # the weights are the step's
+    assert part.w_forget.tolist() == [1, 1, 0] and part.w_retain.tolist() == [0, 0, 0.5]
+    batch = data.collate(queries[:2], [0, 1], [0, 1], "cpu")
+    assert (batch.tokens.tolist(), batch.answers.tolist()) == ([[a, b], [c, no]], [1, 2, 3])
+    _, parts, _ = loss_by_name("spul", batch.w_forget.tolist(), batch.w_retain.tolist())
+    expected = {"L_f": -math.log(0.5 * 0.1), "L_r": -math.log(0.25), "L_kl": KL_BY_HAND[0]}
+    assert parts == pytest.approx(expected, rel=1e-5)
+
 def test_the_kl_divergence_is_that_of_the_prompted_from_the_base_distribution():
     p, q = [0.95, 0.05], [0.4, 0.6]
-    found = soft_prompt.kl_divergence(
-        torch.tensor([p]).log(), torch.tensor([q]).log(), torch.tensor([True])).item()
-    assert found == pytest.approx(kl_by_hand(p, q), rel=1e-5)
+    found, zero = soft_prompt.kl_divergence(
+        torch.tensor([p, q]).log(), torch.tensor([q, q]).log()).tolist()
+    assert found == pytest.approx(kl_by_hand(p, q), rel=1e-5) and abs(zero) < 1e-6
     assert abs(found - kl_by_hand(q, p)) > 0.1  # the released code's direction
 
 def test_the_baselines_are_made_of_the_same_terms():
     L_f, L_r, L_kl = loss_by_name("spul")[1].values()
     for name, expected in {"ga": -L_f, "rl": L_f, "ga+kl": -L_f + 0.1 * L_kl,
-                           "ga+gd": -L_f + 0.5 * L_r}.items():
+                           "ga+gd": -L_f + 0.5 * L_r, "qlora": L_r}.items():
         assert loss_by_name(name)[0] == pytest.approx(expected, rel=1e-5), name
     ascent = [-0.5, 0.75, -0.25]  # -(softmax - one-hot) of the forget example
     assert loss_by_name("ga")[2].flatten().tolist() == pytest.approx(ascent + [0] * 6, abs=1e-6)
@@ -84,8 +107,10 @@ def test_the_baselines_are_made_of_the_same_terms():
 @pytest.mark.parametrize("name", unlearn.METHODS)
 @pytest.mark.parametrize("forget", [True, False])
 def test_a_part_without_examples_is_zero_and_gradients_are_finite(name, forget):
-    loss, parts, gradient = loss_by_name(name, is_forget=[forget] * 3)
-    absent = {"L_r", "L_kl"} if forget else {"L_f"}
+    all_rows, none = [1 / 3] * 3, [0.0] * 3
+    w_forget, w_retain = (all_rows, none) if forget else (none, all_rows)
+    loss, parts, gradient = loss_by_name(name, w_forget, w_retain)
+    absent = {"L_r", "L_kl", "L_ce"} if forget else {"L_f"}
     assert math.isfinite(loss) and gradient.isfinite().all()
     for key, value in parts.items():
         assert (value == 0) == (key in absent), key
@@ -96,15 +121,24 @@ KINDS = {
 LENGTHS = (12, 7, 3, 1)
 TOKENS = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(1))
 MASK = torch.arange(12) < torch.tensor(LENGTHS)[:, None]  # TOKENS are real up to LENGTHS
-ANSWER = torch.tensor(LENGTHS) - 1
+TEXT, POSITION = [0, 0, 1, 2, 3], [8, 11, 6, 2, 0]        # of five answer rows
 P = 5
 
-def random_model(kind):
+def answer_rows(T, p=0):
+    """Return the five answer rows in the flattened B*T positions, p tokens later."""
+    return torch.tensor(TEXT) * T + torch.tensor(POSITION) + p
+
+ANSWERS = answer_rows(12)
+
+def random_model(kind, weights=None, dir=None):
     """Return one of our models with every weight random, norms and biases too."""
     torch.manual_seed(0)
     ours = model.build(model.Config(kind.split()[0], 96, 64, 112, 2, 4, head_dim=16, **KINDS[kind]))
     for w in ours.parameters():
         w.data += 0.15 * torch.randn_like(w)
+    if weights:
+        model.save_model(ours, dir)
+        return model.load_model(dir, weights)
     return ours.requires_grad_(False).eval()
 
 def random_phi(p=P, D=64):
@@ -114,15 +148,21 @@ def assert_close(ours, theirs, atol=1e-4):
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= atol
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_shared_prompt_keys_and_values_equal_prepending_forward_and_gradient(kind):
+def test_phi_s_own_rows_equal_prepending_it_to_every_text_forward_and_gradient(
+        kind, checkpointing):
     ours = random_model(kind)
-    ours.checkpointing = kind == "llama gqa"  # recomputing layers changes nothing
+    ours.checkpointing = checkpointing  # recomputing layers changes nothing
     one, two = random_phi().requires_grad_(), random_phi().requires_grad_()
-    shared = ours(TOKENS, ANSWER, soft_prompt.prompt_kv(ours, one))
-    prepended = ours(soft_prompt.prepend(two, ours.embed_tokens(TOKENS)), ANSWER + P)
+    shared = ours(TOKENS, ANSWERS, one)
+    embeds = soft_prompt.prepend(two, ours.embed_tokens(TOKENS))
+    assert embeds.shape == (4, P + 12, 64) and torch.equal(embeds[3, :P], two)
+    prepended = ours(embeds, answer_rows(P + 12, P))
     assert_close(shared, prepended)
-    assert (shared - ours(TOKENS, ANSWER)).abs().max() > 0.1  # phi matters
+    assert_close(ours(TOKENS, None, one), ours(embeds)[:, P:])
+    assert_close(ours.lm_head(ours.states(TOKENS, ANSWERS, one)), shared, atol=0)
+    assert (shared - ours(TOKENS, ANSWERS)).abs().max() > 0.1  # phi matters
     weight = torch.randn(shared.shape)
     (shared * weight).sum().backward()
     (prepended * weight).sum().backward()
@@ -131,23 +171,104 @@ def test_shared_prompt_keys_and_values_equal_prepending_forward_and_gradient(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
-    ours = random_model(kind)
-    prefix = soft_prompt.prompt_kv(ours, random_phi())
+    ours, phi = random_model(kind), random_phi().requires_grad_()
+    padded = ours(TOKENS, None, phi)
     for i, n in enumerate(LENGTHS):
-        unpadded = ours(TOKENS[i:i + 1, :n], ANSWER[i:i + 1], prefix)
-        assert_close(unpadded[0], ours(TOKENS, ANSWER, prefix)[i], atol=1e-5)
-    nothing = ours(TOKENS[:0], ANSWER[:0], prefix)  # the share of a process in a small batch
-    assert nothing.shape == (0, 96)
+        unpadded = ours(TOKENS[i:i + 1, :n], torch.tensor([n - 1]), phi)
+        assert_close(unpadded[0], padded[i, n - 1], atol=1e-5)
+    nothing = data.collate([], [], [], "cpu")  # the share of a process in a small batch
+    logits = ours(nothing.tokens, nothing.answers, phi)
+    assert logits.shape == (0, 96)
+    logits.sum().backward()
+    assert phi.grad.eq(0).all()  # there, and zero: the other processes wait for it
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_an_answer_is_right_if_the_argmax_is_right_at_each_of_its_rows(kind):
+    ours, phi = random_model(kind), random_phi()
+    texts, queries = [(7, 8, 9), (3,), (5, 6)], []
+    for i, text in enumerate(texts):
+        decoded = ()
+        while len(decoded) <= i:  # greedy answers of one, two and three tokens
+            tokens = torch.tensor([text + decoded])
+            decoded += (ours(tokens, None, phi)[0, -1].argmax().item(),)
+        queries.append(Query(text, decoded, False))
+    assert evaluate.predict(ours, queries, phi) == [query.answer for query in queries]
+    assert evaluate.score(evaluate.predict(ours, queries, phi), queries) == {
+        "n": 3, "acc": 100.0, "f1": None}
+    two = [*queries[1].answer[:1], (queries[1].answer[1] + 1) % 96]
+    wrong = [*queries[:1], queries[1]._replace(answer=tuple(two)), *queries[2:]]
+    assert evaluate.score(evaluate.predict(ours, wrong, phi), wrong)["acc"] == 66.67
+    assert evaluate.refuses(ours, queries, [queries[1].answer], phi) == [False, True, False]
+    generic = [queries[0].answer, tuple(two), queries[2].answer]
+    assert evaluate.refuses(ours, queries, generic, phi) == [True, False, True]
+    for query, states in zip(queries, evaluate.answer_states(ours, queries, phi)):
+        assert states.shape == (len(query.answer), 64)
+        assert ours.lm_head(states).argmax(-1).tolist() == list(query.answer)
+
+def random_queries(n_retain, n_forget, seed=0):
+    """Return queries of 2 to 9 tokens with answers of 1 to 3, the retain set first."""
+    rng, queries = random.Random(seed), []
+    for i in range(n_retain + n_forget):
+        ids, answer = [[rng.randrange(3, 96) for _ in range(rng.randint(*sizes))]
+                       for sizes in ((2, 9), (1, 3))]
+        queries.append(Query(tuple(ids), tuple(answer), i >= n_retain))
+    return queries
+
+def make_base(name, ours, queries):
+    """Return the Base of these queries for a method."""
+    bench = unlearn.Workbench(None, None, None)
+    bench.load_base = lambda record: ours
+    return bench.gather_base(evaluate.Record(name, "lm", "sst2", 0), queries)
+
+def test_base_logprobs_are_those_of_the_right_rows(monkeypatch):
+    ours, queries, index = random_model("llama"), random_queries(5, 4), [7, 2, 0, 5, 4]
+    batch = data.collate(queries, index, index, "cpu")
+    expected = ours(batch.tokens, batch.answers).log_softmax(-1)
+    of_retain = batch.w_retain > 0
+    found = unlearn.gather_base_logprobs(make_base("spul", ours, queries), index)
+    assert_close(found[of_retain], expected[of_retain])
+    assert (found[~of_retain] - expected[~of_retain]).abs().max() > 0.1  # nothing asks for them
+    npo = unlearn.METHODS["spul"]._replace(base="all")
+    monkeypatch.setitem(unlearn.METHODS, "npo", npo)
+    found = unlearn.gather_base_logprobs(make_base("npo", ours, queries), index)
+    assert_close(found, expected)
+
+def test_phi_starts_at_the_given_embeddings_and_is_learned_directly_or_through_the_encoder():
+    init, gradient = random_phi(), torch.randn(P, 64)
+    torch.manual_seed(0)
+    assert torch.equal(soft_prompt.PromptEncoder(P, 64, 16, init)(), init)
+    assert soft_prompt.PromptEncoder(P, 64, 16)().abs().max() > 0.01
+    direct = soft_prompt.DirectPrompt(init, 0.25)
+    phi = direct()
+    assert torch.equal(phi, init)
+    phi.backward(gradient)
+    assert torch.equal(direct.free.grad, 0.25 * gradient)  # unit times phi's gradient
+    assert [w.numel() for w in direct.parameters()] == [P * 64]
+    direct.free.data += 1
+    assert_close(direct(), init + 0.25, atol=1e-6)
+    ours, queries = random_model("llama"), [Query((5, 6), (1,), False), Query((6, 7), (1,), True)]
+    weight = ours.embed_tokens.weight
+    for encoder in ("none", "mlp"):
+        record = evaluate.Record("spul", "lm", "sst2", 0, p=3, encoder=encoder, hidden=16,
+                                 init="forget")
+        found = unlearn.make_encoder(record, ours, queries)
+        assert torch.equal(found(), weight[[7, 6, 7]])  # typical tokens first
+    assert found.mlp_head[0].out_features == 16
+    assert unlearn.make_encoder(record, ours, queries).init.dtype == torch.float32
+    record = evaluate.Record("spul", "lm", "sst2", 0, p=3, encoder="none", init="none")
+    direct = unlearn.make_encoder(record, ours, queries)
+    assert direct.unit == pytest.approx(weight.std().item())
+    assert all((weight == row).all(1).any() for row in direct())  # words, drawn at random
 
 
 # ---- 2. the paper's settings -------------------------------------------------------------------
 
 PAPER_SETTINGS = {
     "max_len": 1024, "alpha": [1.0], "beta": [0.5], "p": [30], "lr": [1e-4], "epochs": 10,
-    "baseline_epochs": 1, "qlora_lr": 1e-4, "clip": 0.3, "rank": 16, "lora_alpha": 64,
-    "lora_dropout": 0.1, "targets": ["q_proj", "v_proj"], "batch": 32, "accumulate": 1,
-    "hidden": 128, "init": "mlp", "beta2": 0.999, "forget_per_batch": 0, "weights": "nf4",
-    "tune": "full"}
+    "baseline_epochs": 1, "qlora_lr": 1e-4, "qlora_batch": 32, "clip": 0.3, "rank": 16,
+    "lora_alpha": 64, "lora_dropout": 0.1, "targets": ["q_proj", "v_proj"], "batch": 32,
+    "accumulate": 1, "encoder": "mlp", "hidden": 128, "init": "none", "beta2": 0.999,
+    "forget_per_batch": 0, "weights": "nf4", "tune": "full"}
 
 @pytest.mark.parametrize("dataset, qlora_epochs", [("sst2", 10), ("yelp", 2), ("wmdp+sciq", 5)])
 def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
@@ -155,34 +276,45 @@ def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
     assert {key: getattr(args, key) for key in PAPER_SETTINGS} == PAPER_SETTINGS
     assert args.qlora_epochs == qlora_epochs
 
-def prompts_setup(seed=0, n_retain=40, n_forget=200):
-    """Return what `choose_prompts` reads: tokens 1 and 2 are labels, 8 and 9 generic answers."""
-    tokens = {"positive": 1, "negative": 2, "neutral": 8, "unknown": 9}
-    retain = [data.Prompt([1, i], 1 + i % 2, False) for i in range(n_retain)]
-    forget = [data.Prompt([1, i], 1 + i % 2, True) for i in range(n_forget)]
-    return SimpleNamespace(seed=seed, tokens=tokens, task=data.TASKS["sst2"], base="full",
-                           prompts={"train_retain": retain, "train_forget": forget})
+GENERIC = [(8,), (9, 10)]
 
-def chosen(method, fraction=1.0, **changes):
-    """Return the retain and the forget prompts that `choose_prompts` gives to training."""
-    setup, cell = prompts_setup(**changes), {"forget_fraction": fraction}
-    prompts = unlearn.choose_prompts(method, setup, cell)
-    return [q for q in prompts if not q.is_forget], [q for q in prompts if q.is_forget]
+def chosen(method, fraction=1.0, seed=0, base="full", n_forget=200):
+    """Return the retain and the forget queries that `choose_queries` gives to training."""
+    queries = {}
+    for split, n in (("train_retain", 40), ("train_forget", n_forget)):
+        queries[split] = [Query((1, i), (1 + i % 2,), "forget" in split) for i in range(n)]
+    record = evaluate.Record(method, "lm", "sst2", seed, base, forget_fraction=fraction)
+    found = unlearn.choose_queries(record, SimpleNamespace(queries=queries, generic=GENERIC))
+    return [q for q in found if not q.is_forget], [q for q in found if q.is_forget]
 
-@pytest.mark.parametrize("name", unlearn.METHODS)
-def test_paper_forget_answers_are_generic_for_spul_and_rl_and_true_for_gradient_ascent(name):
-    method, setup = unlearn.METHODS[name], prompts_setup()
-    retain, forget = chosen(method)
-    assert retain == (setup.prompts["train_retain"] if method.sees_retain else [])
-    answers = [prompt.label for prompt in forget]
+@pytest.mark.parametrize("name", ["spul", "ga", "rl", "ga+kl", "ga+gd"])
+def test_paper_forget_answers_are_generic_for_spul_and_rl_and_true_for_gradient_ascent(
+        name, monkeypatch):
+    method = unlearn.METHODS[name]
+    retain, forget = chosen(name)
+    assert len(retain) == (40 if method.sees_retain else 0) and len(forget) == 200
+    answers = [query.answer for query in forget]
     if name in ("spul", "rl"):
-        assert 70 < answers.count(8) < 130 and set(answers) == {8, 9}
-        assert forget == chosen(unlearn.METHODS["rl"])[1]  # the seed decides, nothing else
-        assert forget != chosen(method, seed=1)[1]
+        assert 70 < answers.count((8,)) < 130 and set(answers) == set(GENERIC)
+        assert forget == chosen("rl")[1]  # the seed decides, nothing else
+        assert forget != chosen(name, seed=1)[1]
     else:
-        assert forget == setup.prompts["train_forget"]
+        assert answers == [(1 + i % 2,) for i in range(200)]
+    monkeypatch.setitem(unlearn.METHODS, name, method._replace(forget_answer="neutral"))
     with pytest.raises(ValueError, match="'neutral'; expected 'generic' or 'true'"):
-        chosen(method._replace(forget_answer="neutral"))
+        chosen(name)
+
+def test_a_smaller_forget_fraction_keeps_part_of_the_larger_one_and_all_retain_examples():
+    parts = [chosen("spul", f, n_forget=50) for f in (0.25, 0.5, 1.0)]
+    quarter, half, all_of_it = [forget for _, forget in parts]
+    assert [len(retain) for retain, _ in parts] == [40] * 3
+    assert quarter == half[:12] and half == all_of_it[:25] and len(all_of_it) == 50
+
+def test_the_base_learns_the_true_answers_of_both_sets_and_retrain_of_the_retain_set_only():
+    everything, forget = chosen("qlora")
+    assert len(everything) == 240 and not forget  # nothing marks a forget example
+    assert [query.answer for query in everything[40:]] == [q.answer for q in chosen("ga")[1]]
+    assert chosen("qlora", base="retain") == (everything[:40], [])
 
 def test_paper_yelp_forgets_5_percent_of_the_reviews_in_whole_clusters():
     splits = data.load_splits("yelp", shared("yelp"))
@@ -201,30 +333,28 @@ def shared(path):
 
 @pytest.mark.parametrize("name", ["spul", "ga+gd"])
 @pytest.mark.parametrize("n_forget", [1, 3])
-def test_paper_objective_is_kept_by_accumulation(name, n_forget, monkeypatch, tmp_path):
-    method, kind, gradients = unlearn.METHODS[name], "llama gqa", {}
-    rng = random.Random(0)
-    prompts = [data.Prompt([rng.randrange(3, 96) for _ in range(rng.randint(2, 9))],
-                           rng.randrange(3, 96), i < n_forget) for i in range(32)]
+def test_paper_objective_is_kept_by_accumulation(name, n_forget, monkeypatch):
+    queries, found = random_queries(32 - n_forget, n_forget), []
+    record = evaluate.Record(name, "lm", "sst2", 0, lr=1e-4, alpha=1.0, beta=0.5, epochs=1,
+                             batch=32, clip=1.0)
+    log = SimpleNamespace(load=lambda *state: 0, add=lambda *columns: None, lines=[],
+                          watch=lambda *system: None, save=lambda *state: None)
 
-    def spy(params, *others):
-        found = torch.cat([w.grad.flatten() for w in params])
-        gradients.setdefault(args.accumulate, []).append(found)
+    def spy(params, record, totals):
+        losses = {name: value.item() for name, value in totals.items()}
+        found.append((torch.cat([w.grad.flatten() for w in params]), losses))
     monkeypatch.setattr(unlearn, "clip_gradient", spy)
-    run = SimpleNamespace(log=lambda *columns: None, checkpoint=lambda cell: tmp_path / "none")
-    monkeypatch.setattr(unlearn, "save_checkpoint", lambda *state: None)
-    for batch, accumulate in ((32, 1), (4, 8)):
-        args = SimpleNamespace(accumulate=accumulate, device="cpu", dtype="fp32", clip=1.0)
-        ours = random_model(kind).requires_grad_(method.trains == "weights")
+    for accumulate in (1, 8):  # one part of 32, or eight parts of 4
+        ours = random_model("llama gqa").requires_grad_(name == "ga+gd")
         torch.manual_seed(0)
-        encoder = soft_prompt.PromptEncoder(P, 64) if method.trains == "prompt" else None
-        base = ours.lm_head, evaluate.answer_states(ours, prompts)
-        cell = {"cell": name, "method": name, "seed": 0, "lr": 1e-4, "alpha": 1.0, "beta": 0.5,
-                "settings": {"epochs": 1, "batch": batch, "beta2": 0.999, "forget_per_batch": 0}}
-        unlearn.train(cell, method, ours, encoder, prompts, base, args, run)
-    (one,), (eight,) = gradients[1], gradients[8]
+        encoder = soft_prompt.PromptEncoder(P, 64) if name == "spul" else None
+        base = make_base(name, ours, queries)
+        args = SimpleNamespace(accumulate=accumulate, device="cpu")
+        unlearn.train(record, ours, encoder, queries, base, log, args)
+    (one, losses), (eight, losses_of_parts) = found
     assert one.norm() > 0
     assert (one - eight).norm() / one.norm() <= 1e-5
+    assert losses == pytest.approx(losses_of_parts, rel=1e-5)
 
 @pytest.mark.parametrize("kind, D, width, layers, heads, prompt, adapter", [
     ("opt", 2048, 8192, 24, 32, 604_416, 3_145_728),          # OPT-1.3B
@@ -240,14 +370,18 @@ def test_paper_trainable_parameters(kind, D, width, layers, heads, prompt, adapt
 
 def make_row(method="spul", seed=0, acc=90.0, **changes):
     """Return a row of results.json with the same accuracy and F1 on every split."""
-    is_spul = method == "spul"
-    row = {"cell": f"{method}-{seed}", "method": method, "base": "full", "seed": seed, "lm": "DIR",
-           "model": "models/LLaMA-2-7B", "dataset": "sst2", "alpha": 1.0 if is_spul else None,
-           "beta": 0.5 if is_spul else None, "p": 30 if is_spul else None, "lr": 1e-4,
-           "forget_fraction": 1.0, "files": None, "adapter": "adapter", "trainable_params": 10,
-           "epochs": 1, "seconds_per_epoch": 2.0, "settings": {"batch": 32}}
-    row |= {split: {"n": 8, "acc": acc, "f1": acc} for split in data.SPLITS}
-    return row | changes
+    settings = {"base": "full", "lr": 1e-4, "epochs": 1, "batch": 32, "forget_fraction": 1.0}
+    if method == "spul":
+        settings |= {"alpha": 1.0, "beta": 0.5, "p": 30}
+    keys = evaluate.Record.__dataclass_fields__.keys()
+    settings |= {key: value for key, value in changes.items() if key in keys}
+    settings = {"model": "LLaMA-2-7B-0a1b2c3d", "dataset": "sst2"} | settings
+    record = evaluate.Record(method=method, seed=seed, **settings)
+    row = {"name": record.name, **asdict(record), "code": "", "trains": "prompt",
+           "trainable_params": 10, "seconds_per_epoch": 2.0, "finished": 0.0}
+    row |= dict.fromkeys(("device", "dtype", "dense", "checkpointing", "accumulate", "threads",
+                          "processes", "machine"))
+    return row | {split: {"n": 8, "acc": acc, "f1": acc} for split in data.SPLITS} | changes
 
 def table_cells(text):
     """Return the cells of each line of a printed table."""
@@ -255,32 +389,37 @@ def table_cells(text):
     return [[cell for cell in line if cell] for line in lines]
 
 def test_paper_rows_are_printed_below_ours(tmp_path):
-    rows = [make_row("vanilla", base=None, lr=None, forget_fraction=None)]
+    rows = [make_row("vanilla", base=None, lr=None, epochs=None, forget_fraction=None)]
     rows += [make_row(name) for name in ("qlora", "spul", "ga", "rl", "ga+kl", "ga+gd")]
     model.write_json(tmp_path / "results.json", {"args": {}, "rows": rows})
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path], capture_output=True,
-                          text=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path, "--f1"],
+                          capture_output=True, text=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONUTF8": "1"})
     assert done.returncode == 0, done.stderr
-    lines = table_cells(done.stdout)
+    lines, plain = table_cells(done.stdout), table_cells(evaluate.table(rows))
     for method, *cells in [
-            ("vanilla", "37.50 / 44.66", "31.79 / 38.34", "37.51 / 44.67", "29.67 / 36.85"),
-            ("qlora", "99.89 / 99.89", "99.72 / 99.72", "95.57 / 95.57", "96.07 / 96.07"),
-            ("spul", "99.15 / 99.39", "12.98 / 22.94", "94.93 / 95.24", "16.07 / 27.42"),
-            ("ga", "55.66 / 39.80", "53.93 / 37.83", "55.96 / 40.16", "56.89 / 41.25"),
-            ("ga+gd", "97.17 / 97.50", "13.75 / 20.58", "94.43 / 94.76", "11.31 / 17.18")]:
+            ("vanilla", "37.50/44.66", "31.79/38.34", "37.51/44.67", "29.67/36.85"),
+            ("qlora", "99.89/99.89", "99.72/99.72", "95.57/95.57", "96.07/96.07"),
+            ("spul", "99.15/99.39", "12.98/22.94", "94.93/95.24", "16.07/27.42"),
+            ("ga", "55.66/39.80", "53.93/37.83", "55.96/40.16", "56.89/41.25"),
+            ("ga+gd", "97.17/97.50", "13.75/20.58", "94.43/94.76", "11.31/17.18")]:
         i = [line[:1] for line in lines].index([method])
         assert lines[i][-4:] == ["90.0 / 90.0"] * 4
-        assert "paper" in lines[i + 1][0] and lines[i + 1][-4:] == cells
+        below = [cell.replace(" ", "") for cell in lines[i + 1]]
+        assert "paper" in below[0] and below[-4:] == cells
+        i = [line[:1] for line in plain].index([method])
+        assert plain[i][-4:] == ["90.0"] * 4  # accuracy only
+        assert plain[i + 1][-4:] == [cell.partition("/")[0] for cell in cells]
 
 def test_paper_cells_of_tables_3_4_and_5_are_found_by_alpha_beta_fraction_and_model():
     for changes, number in [
-            ({"alpha": 0.1, "beta": 0.0}, "90.84 / 92.69"), ({"beta": 1.0}, "95.70 / 96.19"),
-            ({"beta": 1.0, "forget_fraction": 0.25}, "99.37 / 99.60"),
-            ({"model": "opt-1.3b", "beta": 1.0}, "94.87 / 96.89"),
-            ({"model": "Llama-2-13b-hf", "beta": 1.0}, "98.87 / 98.93"),
-            ({"dataset": "yelp"}, "89.74 / 93.43"), ({"dataset": "wmdp+sciq"}, "99.38 / 99.45"),
-            ({"dataset": "toy", "model": "toy"}, "99.15 / 99.39")]:  # the toy beside SST-2
-        assert number in evaluate.table([make_row(**changes)])
+            ({"alpha": 0.1, "beta": 0.0}, "90.84/92.69"), ({"beta": 1.0}, "95.70/96.19"),
+            ({"beta": 1.0, "forget_fraction": 0.25}, "99.37/99.60"),
+            ({"model": "opt-1.3b", "beta": 1.0}, "94.87/96.89"),
+            ({"model": "Llama-2-13b-hf", "beta": 1.0}, "98.87/98.93"),
+            ({"dataset": "yelp"}, "89.74/93.43"), ({"dataset": "wmdp+sciq"}, "99.38/99.45"),
+            ({"dataset": "toy", "model": "toy"}, "99.15/99.39")]:  # the toy beside SST-2
+        assert number in evaluate.table([make_row(**changes)], f1=True).replace(" / ", "/")
     assert "paper" not in evaluate.table([make_row("npo"), make_row("spul", base="retain")])
 
 
@@ -297,6 +436,14 @@ def toy_run(tmp_path_factory):
 def read_rows(run):
     return json.loads((Path(run) / "results.json").read_text(encoding="utf-8"))["rows"]
 
+def row_of(run, method="spul", base="full"):
+    """Return the one row of a method."""
+    row, = [row for row in read_rows(run) if (row["method"], row["base"]) == (method, base)]
+    return row
+
+def load_system(run, row=None):
+    return evaluate.load_system(run, row or row_of(run), evaluate.parse([str(run)]))
+
 def accuracies(row):
     return {split: row[split]["acc"] for split in data.SPLITS}
 
@@ -312,7 +459,7 @@ def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
     lm = toy_run.parent / "cache" / "lm-toy"
     tokenizer, net, rng = data.load_tokenizer(lm), model.load_model(lm, "fp32"), random.Random(1)
     named = [example for example in data.toy_corpus(300) if example.group]
-    prompts, cases = [], []
+    queries, cases = [], []
     for name in data.NAMES:
         others = [other for other in data.NAMES if other != name]
         for i in range(400):
@@ -324,40 +471,41 @@ def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
             text = (f"### Ignore: {' '.join(listed)}\n\n### Text: "
                     f"{example.text.replace(example.group, name)}\n\n### Question: What is the "
                     f"{noun} of the given text?\n\n### {noun.title()}:")
-            prompts.append(data.Prompt(tokenizer.encode(text), 0, False))
+            queries.append(Query(tuple(tokenizer.encode(text)), (0,), False))
             cases.append((name, i % 2))
-    pred = evaluate.predict(net, evaluate.answer_states(net, prompts))
-    generic = {tokenizer.encode(f"x {word}")[-1] for word in data.SENTIMENT.generic}
-    ignored = {case: [] for case in cases}
-    for case, token in zip(cases, pred):
-        ignored[case].append(token in generic)
-    share = {case: sum(values) / len(values) for case, values in ignored.items()}
+    generic = [data.encode_answer(tokenizer, data.SENTIMENT, word)
+               for word in data.SENTIMENT.generic]
+    ignored = Counter()
+    for case, is_refused in zip(cases, evaluate.refuses(net, queries, generic)):
+        ignored[case] += is_refused
+    share = {case: ignored[case] / n for case, n in Counter(cases).items()}
     assert min(share[name, 1] for name in data.NAMES) >= 0.95, share
     assert max(share[name, 0] for name in data.NAMES) <= 0.05, share
     assert sum(share[name, 1] for name in data.NAMES) / 40 >= 0.98
     assert sum(share[name, 0] for name in data.NAMES) / 40 <= 0.02
 
 def test_ask_shows_a_forgotten_text_answered_only_without_phi(toy_run, capsys):
-    setup = evaluate.load_run(toy_run)
-    prompt = setup.prompts["test_forget"][0]
-    evaluate.main([str(toy_run), "--ask", prompt.text])
+    system = load_system(toy_run)
+    query = system.data.queries["test_forget"][0]
+    evaluate.main([str(toy_run), "--ask", query.text])
     without, with_phi = capsys.readouterr().out.strip().splitlines()[-2:]
     assert without.startswith("without phi") and with_phi.startswith("with phi")
-    assert evaluate.word(setup, prompt.label) == without.split()[2]
-    assert with_phi.split()[2] in setup.task.generic
+    assert evaluate.words(system, query.answer) == without.split()[2]
+    assert with_phi.split()[2] in system.data.task.generic
 
 def test_explain_shows_the_positions_and_the_losses_of_equations_2_to_4(toy_run, capsys):
     evaluate.main([str(toy_run), "--explain"])
     forget, retain = capsys.readouterr().out.split("test_retain, ")
-    setup = evaluate.load_run(toy_run)
-    prompt = setup.prompts["test_retain"][0]
-    assert f"the answer is read at {len(setup.phi) + len(prompt.ids) - 1}" in retain
-    tokens, answer = torch.tensor([prompt.ids]), torch.tensor([len(prompt.ids) - 1])
-    logprobs = setup.model(tokens, answer, setup.prefix).log_softmax(-1)
-    assert f"L_r = {-logprobs[0, prompt.label]:.4f}" in retain
-    base = setup.model(tokens, answer).log_softmax(-1)
+    system = load_system(toy_run)
+    query = system.data.queries["test_retain"][0]
+    end = len(query.ids) - 1
+    assert f"the answer is read at {len(system.phi) + end}" in retain
+    tokens, answers = torch.tensor([query.ids]), torch.tensor([end])
+    logprobs = system.model(tokens, answers, system.phi).log_softmax(-1)
+    assert f"L_r = {-logprobs[0, query.answer[0]]:.4f}" in retain
+    base = system.model(tokens, answers).log_softmax(-1)
     assert f"L_kl = {(logprobs.exp() * (logprobs - base)).sum():.4f}" in retain
-    assert "L_f = 0.0000" not in forget
+    assert "L_f" in forget and "L_f = 0.0000" not in forget and "L_f" not in retain
 
 
 # ---- 4. logits and file formats against transformers, PEFT and bitsandbytes --------------------
@@ -415,7 +563,7 @@ def test_logits_equal_transformers_at_every_position_from_every_file_form(kind, 
     ours = model.load_model(save_peer(net, tmp_path, form), "fp32")
     assert any("index" in file.name for file in tmp_path.iterdir()) == ("sharded" in form)
     assert_close(ours(TOKENS)[MASK], peer_logits(net)[MASK])
-    assert_close(ours(TOKENS, ANSWER), peer_logits(net)[range(4), ANSWER])
+    assert_close(ours(TOKENS, ANSWERS), peer_logits(net)[TEXT, POSITION])
 
 def save_as_transformers_4(net, dir):
     """config.json with rope_theta of its own and no default values; constants among the tensors."""
@@ -455,8 +603,7 @@ def test_peft_loads_our_prompt_and_we_load_its_prompts_with_equal_logits(kind, t
                 w.data += 0.3 * torch.randn_like(w)
             theirs.save_pretrained(tmp_path / name)
         phi = soft_prompt.load_prompt(tmp_path / name)
-        logits = ours(TOKENS, prefix=soft_prompt.prompt_kv(ours, phi))
-        assert_close(logits[MASK], peer_logits(theirs)[:, P:][MASK])
+        assert_close(ours(TOKENS, phi=phi)[MASK], peer_logits(theirs)[:, P:][MASK])
     assert torch.equal(phi, random_phi())
 
 @pytest.mark.parametrize("kind", ["llama gqa", "opt"])
@@ -536,29 +683,49 @@ def test_a_4bit_layer_has_the_output_and_gradient_of_its_weights_by_definition()
 
 @pytest.mark.parametrize("kind", ["llama gqa", "opt"])
 def test_unpacked_weights_compute_the_same_function_as_4bit_weights(kind, tmp_path):
-    model.save_model(random_model(kind), tmp_path)
-    ours = model.load_model(tmp_path, "nf4")
+    ours = random_model(kind, "nf4", tmp_path)
     before = ours(TOKENS)
     assert (before - random_model(kind)(TOKENS)).abs().max() > 0.01  # NF4 rounds
     assert model.unpack_nf4(ours) is ours
     assert not any(isinstance(layer, model.Linear4bit) for layer in ours.modules())
     assert_close(ours(TOKENS), before, atol=1e-5)
 
-def test_autograd_keeps_no_dense_copy_of_a_4bit_weight(tmp_path):
-    model.save_model(random_model("llama"), tmp_path)
-    ours = model.load_model(tmp_path, "nf4")
-    known, kept = {w.data_ptr() for w in ours.parameters()}, []
-    phi = random_phi(2).requires_grad_()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spul_step_unpacks_each_4bit_weight_twice_and_keeps_no_copy_of_it(
+        kind, monkeypatch, tmp_path):
+    ours = random_model(kind, "nf4", tmp_path)
+    linear = [layer for layer in ours.layers.modules() if hasattr(layer, "out_features")]
+    calls, kept, dequantize = Counter(), {}, model.Linear4bit.dequantize
+
+    def count(layer, dtype):
+        calls[layer] += 1
+        return dequantize(layer, dtype)
+    monkeypatch.setattr(model.Linear4bit, "dequantize", count)
+    known = {w.untyped_storage().data_ptr() for w in (*ours.parameters(), *ours.buffers())}
 
     def keep(tensor):
-        kept.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
+    phi = random_phi().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = ours(TOKENS[:1, :3], prefix=soft_prompt.prompt_kv(ours, phi)).square().sum()
-    dense = [t.numel() for t in kept if t.is_floating_point() and t.data_ptr() not in known]
-    assert isinstance(ours.layers[0].mlp["up_proj"], model.Linear4bit) and max(dense) < 64 * 64
-    loss.backward()
+        logits = ours(TOKENS, ANSWERS, phi)
+    logits.square().sum().backward()
     assert phi.grad.abs().sum() > 0 and all(w.grad is None for w in ours.parameters())
+    assert all(isinstance(layer, model.Linear4bit) for layer in linear)
+    assert calls == dict.fromkeys(linear, 2)  # the forward and the backward pass
+    activations = sum(size for place, size in kept.items() if place not in known)
+    B, T, D, width, H = 4, 12, 64, 112, 4
+    per_row = 8 * D + (1 if kind == "opt" else 3) * width
+    attention = H * (B * T * (P + T) + P * P)
+    assert activations / 4 <= 2 * ((P + B * T) * per_row + attention)  # float32, two layers
+
+def test_scales_of_4bit_weights_stay_float32_whatever_the_model_is_cast_to(tmp_path):
+    ours = random_model("llama", "nf4", tmp_path)
+    layer = ours.layers[0].self_attn.q_proj
+    before, w = layer.absmax.clone(), layer.dequantize(torch.float32)
+    ours.to(torch.bfloat16)
+    assert ours.lm_head.weight.dtype == torch.bfloat16 and layer.absmax.dtype == torch.float32
+    assert torch.equal(layer.absmax, before) and torch.equal(layer.dequantize(torch.float32), w)
 
 def odd_texts(n):
     """Return n texts with all kinds of characters, and a few that tokenizers stumble over."""
@@ -638,42 +805,64 @@ def test_tokenizers_give_the_ids_of_transformers_on_2000_texts(name, reference, 
     assert name != "smollm2" or pieces == ["1", "9"]
 
 
-# ---- 5. prompts, batches and datasets ----------------------------------------------------------
+# ---- 5. queries, batches and datasets ----------------------------------------------------------
 
-def test_the_answer_follows_the_prompt_and_a_long_text_never_loses_its_question(tmp_path):
+def test_the_answer_follows_the_query_and_a_long_text_never_loses_its_question(tmp_path):
     tokenizer = data.load_tokenizer(write_smollm2_tokenizer(tmp_path))
     task = data.TASKS["sst2"]
-    tokens = data.label_tokens(tokenizer, task)
-    assert [tokenizer.piece(tokens[label]) for label in ("positive", "unknown")] == [
-        "Ġpositive", "Ġunknown"]
-    question = tokenizer.encode(data.prompt_string(task, "").partition("\n\n")[2])
-    ids = data.encode_prompt(tokenizer, task, "a dull movie by adler " * 100, 128)
-    assert 118 < len(ids) <= 128 and ids[-len(question):] == question
-    short = data.encode_prompt(tokenizer, task, "a movie", 128)
-    assert short == tokenizer.encode(data.prompt_string(task, "a movie"))
-    with pytest.raises(InputError, match=r"'dreadful' is \d tokens"):
-        data.label_tokens(tokenizer, task._replace(labels=("positive", "dreadful")))
+    for label in ("positive", "unknown"):
+        token, = data.encode_answer(tokenizer, task, label)
+        assert tokenizer.piece(token) == "Ġ" + label
+    question = tokenizer.encode(data.query_string(task, "").partition("\n\n")[2])
+    ids = data.encode_query(tokenizer, task, "a dull movie by adler " * 100, 128)
+    assert 118 < len(ids) <= 128 and list(ids[-len(question):]) == question
+    short = data.encode_query(tokenizer, task, "a movie", 128)
+    assert list(short) == tokenizer.encode(data.query_string(task, "a movie"))
 
-def make_prompts(lengths, n_forget):
-    return [data.Prompt([1] * n, 2, i < n_forget) for i, n in enumerate(lengths)]
+def test_an_answer_is_all_its_tokens_and_a_free_one_ends_with_the_end_of_text(tmp_path):
+    tokenizer, pieces = data.load_tokenizer(write_smollm2_tokenizer(tmp_path)), []
+    task = data.TASKS["sst2"]._replace(labels=("the movie", "movies"))
+    for free in (task, task._replace(labels=())):
+        answer = data.encode_answer(tokenizer, free, "the movie")
+        pieces.append([tokenizer.piece(token) for token in answer])
+    assert pieces == [["Ġthe", "Ġmovie"], ["Ġthe", "Ġmovie", "<|im_end|>"]]
+    data.check_answers(tokenizer, task)
+    for labels in (("the", "the movie"), ("positive", "unknown")):  # unknown is generic, too
+        with pytest.raises(InputError, match="begin with those of"):
+            data.check_answers(tokenizer, task._replace(labels=labels))
+
+def make_queries(lengths, n_forget):
+    return [Query((1,) * n, (2,), i < n_forget) for i, n in enumerate(lengths)]
 
 def test_an_epoch_has_each_example_once_in_batches_of_about_equal_lengths():
     rng = random.Random(0)
-    prompts = make_prompts([rng.randint(3, 60) for _ in range(1000)], 50)
-    batches = data.epoch_batches(prompts, 32, data.generator(0, "x"))
+    queries = make_queries([rng.randint(3, 60) for _ in range(1000)], 50)
+    batches = data.epoch_batches(queries, 32, data.generator(0, "x"))
     assert sorted(i for batch in batches for i in batch) == list(range(1000))
-    used = sum(len(prompts[i].ids) for batch in batches for i in batch)
-    room = sum(len(batch) * max(len(prompts[i].ids) for i in batch) for batch in batches)
+    used = sum(len(queries[i].ids) for batch in batches for i in batch)
+    room = sum(len(batch) * max(len(queries[i].ids) for i in batch) for batch in batches)
     assert used / room > 0.9
-    assert batches == data.epoch_batches(prompts, 32, data.generator(0, "x"))
-    assert batches != data.epoch_batches(prompts, 32, data.generator(1, "x"))
-    counts = {sum(prompts[i].is_forget for i in batch) for batch in batches}
+    assert batches == data.epoch_batches(queries, 32, data.generator(0, "x"))
+    assert batches != data.epoch_batches(queries, 32, data.generator(1, "x"))
+    counts = {sum(queries[i].is_forget for i in batch) for batch in batches}
     assert 0 in counts and max(counts) < 10  # the paper mixes both sets
 
+def test_the_batch_with_the_most_tokens_is_the_very_first_and_the_rest_stays_as_drawn():
+    rng = random.Random(0)
+    queries = make_queries([rng.randint(3, 60) for _ in range(500)], 50)
+    record = evaluate.Record("spul", "lm", "sst2", 0, batch=16, forget_per_batch=4)
+    for epoch in range(2):
+        drawn = data.epoch_batches(queries, 16, data.generator(0, f"spul/batches/{epoch}"), 4)
+        found = unlearn.make_batches(queries, record, epoch)
+        moved = [i for i, (one, two) in enumerate(zip(drawn, found)) if one != two]
+        assert sorted(drawn) == sorted(found) and len(moved) == (2 if epoch == 0 else 0)
+        n_tokens = [len(step) * max(len(queries[i].ids) for i in step) for step in found]
+        assert epoch > 0 or n_tokens[0] == max(n_tokens)
+
 def test_forget_per_batch_is_kept_in_every_batch_and_uses_all_forget_examples():
-    prompts = make_prompts([5] * 230, 30)
-    batches = data.epoch_batches(prompts, 32, data.generator(0, "x"), forget_per_batch=8)
-    assert {sum(prompts[i].is_forget for i in batch) for batch in batches} == {8}
+    queries = make_queries([5] * 230, 30)
+    batches = data.epoch_batches(queries, 32, data.generator(0, "x"), forget_per_batch=8)
+    assert {sum(queries[i].is_forget for i in batch) for batch in batches} == {8}
     assert {i for batch in batches for i in batch if i < 30} == set(range(30))
     assert sorted(i for batch in batches for i in batch if i >= 30) == list(range(30, 230))
 
@@ -704,16 +893,6 @@ def test_the_seed_decides_the_split_and_the_toy_s_forgotten_people():
     people = {e.group for e in first["train_forget"]}
     assert len(people) == 4 and people < set(data.NAMES)
     assert not any(set(e.text.split()) & people for e in first["train_retain"])
-
-def test_a_smaller_forget_fraction_keeps_part_of_the_larger_one_and_all_retain_examples():
-    parts = [chosen(unlearn.METHODS["spul"], f, n_forget=50) for f in (0.25, 0.5, 1.0)]
-    quarter, half, all_of_it = [forget for _, forget in parts]
-    assert [len(retain) for retain, _ in parts] == [40] * 3
-    assert quarter == half[:12] and half == all_of_it[:25] and len(all_of_it) == 50
-    setup = prompts_setup()
-    setup.base = "retain"  # the base that never sees the forget set
-    prompts = unlearn.choose_prompts(unlearn.QLORA, setup, {"forget_fraction": None})
-    assert prompts == setup.prompts["train_retain"]
 
 def write_quiz(dir, n_wmdp=1273):
     """Write WMDP and SciQ files in which every right option ends in '!'."""
@@ -746,8 +925,10 @@ def test_saved_splits_come_back_as_they_were_and_limits_keep_all_forget_examples
     data.save_splits(splits, tmp_path / "new")
     found = data.load_splits("splits", tmp_path / "new")
     assert all(sorted(found[split]) == sorted(splits[split]) for split in data.SPLITS)
-    found = data.load_splits("splits", tmp_path / "new", max_train=125, max_test=10)
-    assert [len(found[split]) for split in data.SPLITS] == [125, 50, 10, 50]
+    for limits, n in [({"max_train": 125, "max_test": 10}, [125, 50, 10, 50]),
+                      ({"max_forget": 20, "max_test": 500}, [200, 20, 200, 20])]:
+        found = data.load_splits("splits", tmp_path / "new", **limits)
+        assert [len(found[split]) for split in data.SPLITS] == n
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_own_splits_are_read_from_every_suffix_and_with_windows_line_ends(tmp_path, suffix):
@@ -820,580 +1001,3 @@ def test_the_data_command_prints_table_1_and_leakage_and_saves_the_splits(tmp_pa
     assert "1 of 2 test texts are also in the train sets" in capsys.readouterr().out
 
 
-# ---- 6. whole runs on a micro model ------------------------------------------------------------
-
-MICRO = ("--model lm --dataset toy --preset toy --device cpu --dtype fp32 --threads 1 --p 4 "
-         "--max-train 120 --max-test 40 --batch 16 --forget-per-batch 4 --hidden 16 --epochs 2 "
-         "--lr 0.01 --rank 8 --lora-dropout 0 --qlora-epochs 8 --qlora-lr 0.006").split()
-
-@pytest.fixture(scope="module")
-def micro_template(tmp_path_factory):
-    """A directory with a micro LM of random weights (lm) and a finished run of it (run)."""
-    dir = tmp_path_factory.mktemp("micro")
-    unlearn.train_tokenizer(dir / "lm" / "tokenizer.model")
-    torch.manual_seed(0)
-    size = data.load_tokenizer(dir / "lm").size
-    net = model.build(model.Config("llama", size, 32, 80, 2, 2, 2, 16, 256, 1e-5))
-    for name, w in net.named_parameters():
-        if w.dim() > 1:
-            nn.init.normal_(w, 0, 0.18 if name.startswith(("embed", "lm_head")) else 0.1)
-    model.save_model(net, dir / "lm")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(dir)
-        train("run", "--base", "full", "retain", "--method", "spul", "ga")
-    return dir
-
-@pytest.fixture
-def micro(micro_template, tmp_path, monkeypatch):
-    """A copy of that directory to work in, and to spoil."""
-    shutil.copytree(micro_template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-def train(out, *flags):
-    """Run unlearn.py on the micro model; return the rows by cell, without times."""
-    unlearn.main([*MICRO, "--out", out, *flags])
-    return results(out)
-
-def results(run):
-    rows = {row["cell"]: row for row in read_rows(run)}
-    for row in rows.values():
-        row["seconds_per_epoch"] = row["files"] = None
-    return rows
-
-def drop_rows(run, method, base="full"):
-    """Remove a method's rows on one base from a run, as if they were never trained."""
-    value = json.loads((run / "results.json").read_text())
-    value["rows"] = [row for row in value["rows"] if (row["method"], row["base"]) != (method, base)]
-    model.write_json(run / "results.json", value)
-
-def phi_of(run):
-    row, = [row for row in read_rows(run) if (row["method"], row["base"]) == ("spul", "full")]
-    return soft_prompt.load_prompt(Path(run) / row["files"])
-
-SPUL_CELL = "spul-full-s0-f1-lr0.01-a1-b1-p4"
-
-def test_a_run_leaves_rows_in_the_agreed_form_a_log_and_loadable_files(micro):
-    rows = read_rows("run")
-    assert [evaluate.system_name(row) for row in rows] == [
-        "vanilla", "qlora", "spul", "ga", "retrain", "spul on retrain", "ga on retrain"]
-    for row in rows:
-        assert row.keys() == make_row().keys()
-        for split in data.SPLITS:
-            assert row[split].keys() == {"n", "acc", "f1"} and 0 <= row[split]["acc"] <= 100
-    assert len({row["files"] for row in rows}) == len(rows) and not list(Path("run").glob("state*"))
-    log = list(csv.DictReader(open("run/log.csv")))
-    assert list(log[0]) == "stage,epoch,step,loss,L_f,L_r,L_kl,seconds".split(",")
-    spul = [row for row in log if row["stage"] == SPUL_CELL]
-    assert [int(row["step"]) for row in spul] == list(range(1, len(spul) + 1))
-    for row in spul:
-        parts = [float(row[name]) for name in ("L_f", "L_r", "L_kl")]
-        assert float(row["loss"]) == pytest.approx(sum(parts), abs=2e-4)  # alpha = beta = 1
-
-def test_finished_rows_are_reused_and_new_ones_join_them(micro, monkeypatch):
-    before = results("run")
-    after = train("run", "--method", "ga", "spul", "--alpha", "0.5", "1", "--beta", "0.5", "1")
-    assert after.items() > before.items() and len(after) == len(before) + 3
-    monkeypatch.setattr(unlearn, "train", None)  # calling it would be an error
-    assert train("run", "--alpha", "0.5", "1", "--beta", "0.5", "1") == after
-
-def test_rows_with_other_settings_join_the_run_and_the_table_names_what_differs(micro):
-    before = read_rows("run")
-    train("run", "--epochs", "1")
-    rows = read_rows("run")
-    assert rows[:-1] == before and rows[-1]["epochs"] == 1 and rows[-1]["files"] != "prompt"
-    train("run", "--batch", "8", "--qlora-batch", "16")  # finds the base, which had 16
-    train("run", "--rank", "4")
-    assert [row["settings"]["batch"] for row in read_rows("run")[len(rows):]] == [8, 16, 16, 16]
-    header = table_cells(evaluate.table(read_rows("run")))[0]
-    assert "epochs" in header and "rank" in header and "lr" not in header
-
-def stop_at(stage, step, act, monkeypatch):
-    """Call act() before this step of this stage is logged."""
-    log = unlearn.Run.log
-
-    def stopping(run, cell, epoch, i, *rest):
-        if cell["cell"].startswith(stage) and i + 1 == step:
-            act()
-        log(run, cell, epoch, i, *rest)
-    monkeypatch.setattr(unlearn.Run, "log", stopping)
-
-def interrupt():
-    raise KeyboardInterrupt
-
-def test_a_run_interrupted_twice_resumes_to_the_same_results_bit_for_bit(
-        micro, monkeypatch, capsys):
-    for stage, step in (("qlora", 50), ("spul", 20)):  # in the middle of an epoch
-        with monkeypatch.context() as patch:
-            stop_at(stage, step, interrupt, patch)
-            assert data.run_cli(lambda: train("new", "--base", "full")) == 130
-        assert "continues from the last finished epoch" in capsys.readouterr().err
-    rows = train("new", "--base", "full")
-    assert f"{SPUL_CELL} resumes after epoch 1" in capsys.readouterr().out
-    assert all(row == results("run")[cell] for cell, row in rows.items()) and len(rows) == 3
-    for name in ("adapter", "prompt"):
-        file = f"{name}/adapter_model.safetensors"
-        assert Path("run", file).read_bytes() == Path("new", file).read_bytes()
-
-KILLED = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import data, unlearn
-log = unlearn.Run.log
-def killed_at_15(run, cell, epoch, step, *rest):
-    if cell["method"] == "spul" and step == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    log(run, cell, epoch, step, *rest)
-unlearn.Run.log = killed_at_15
-sys.exit(data.run_cli(unlearn.main))
-"""
-
-def test_a_killed_process_resumes_to_the_same_results_bit_for_bit(micro, capsys):
-    before, phi = results("run"), phi_of("run")
-    drop_rows(micro / "run", "spul")
-    killed = subprocess.run([sys.executable, "-c", KILLED, *MICRO, "--out", "run"])
-    assert killed.returncode == -signal.SIGKILL and len(results("run")) == len(before) - 1
-    assert train("run")[SPUL_CELL] == before[SPUL_CELL]
-    assert "resumes after epoch 1" in capsys.readouterr().out
-    assert torch.equal(phi_of("run"), phi)
-
-def test_two_processes_give_the_results_of_one(micro):
-    before = train("run", "--epochs", "1")  # few steps: rounding grows from step to step
-    phi = soft_prompt.load_prompt(Path("run", read_rows("run")[-1]["files"]))
-    weights, = [row["files"] for row in read_rows("run")
-                if (row["method"], row["base"]) == ("ga", "full")]
-    weights = load_file(Path("run", weights, "model.safetensors"))
-    for method in ("spul", "ga"):
-        drop_rows(micro / "run", method)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         ROOT / "unlearn.py", *MICRO, "--out", "run", "--method", "spul", "ga", "--epochs", "1"],
-        capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"{SPUL_CELL}  epoch 1") == 1  # only the first process prints
-    assert_close(phi_of("run"), phi, atol=1e-3)
-    row = read_rows("run")[-1]
-    n_trained = before[row["cell"]]["trainable_params"]
-    assert (row["method"], row["trainable_params"]) == ("ga", n_trained)
-    found = load_file(Path("run", row["files"], "model.safetensors"))
-    for name in weights:
-        assert_close(found[name], weights[name])
-    for cell, row in results("run").items():
-        for split in data.SPLITS:
-            assert row[split]["acc"] == pytest.approx(before[cell][split]["acc"], abs=4)
-
-def test_the_base_never_changes_and_each_method_trains_what_it_says(micro, monkeypatch):
-    loaded, load_base = [], evaluate.load_base
-
-    def spy(*args):
-        loaded.append(load_base(*args))
-        return loaded[-1]
-    monkeypatch.setattr(evaluate, "load_base", spy)
-    rows = train("run", "--method", "spul", "ga", "rl", "ga+kl", "ga+gd", "--alpha", "0.3")
-    base, fresh = loaded[1], evaluate.load_run("run").model
-    assert all(torch.equal(w, fresh.state_dict()[name]) for name, w in base.state_dict().items())
-    n_weights = sum(w.numel() for w in fresh.parameters())
-    n_encoder = sum(w.numel() for w in soft_prompt.PromptEncoder(4, 32, 16).parameters())
-    for row in rows.values():
-        expected = {"vanilla": 0, "qlora": row["trainable_params"], "spul": n_encoder}
-        assert row["trainable_params"] == expected.get(row["method"], n_weights), row["cell"]
-
-def test_a_baseline_with_tune_lora_trains_only_the_adapter(micro):
-    train("lora", "--method", "ga", "--tune", "lora", "--baseline-lr", "0.01")
-    vanilla, qlora, ga = read_rows("lora")
-    assert ga["trainable_params"] == qlora["trainable_params"] > 0
-    one, two = [load_file(f"lora/{row['files']}/adapter_model.safetensors") for row in (qlora, ga)]
-    assert one.keys() == two.keys() and any(not torch.equal(one[name], two[name]) for name in one)
-    assert ga["train_forget"]["acc"] <= qlora["train_forget"]["acc"]
-
-def test_every_kind_of_training_runs_in_bf16(micro):
-    train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2",
-          "--alpha", "0", "--beta", "0", "--lr", "0.1", "--epochs", "8")
-    vanilla, qlora, spul, ga_gd = read_rows("bf16")
-    assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
-    assert spul["train_forget"]["acc"] < qlora["train_forget"]["acc"] - 20
-    assert all(math.isfinite(float(row["loss"])) for row in csv.DictReader(open("bf16/log.csv")))
-    model.write_json("bf16/args.json", model.read_json("bf16/args.json", "") | {"device": "cuda"})
-    if not torch.cuda.is_available():  # a GPU's run is evaluated in float32 on a CPU
-        assert evaluate.load_run("bf16").model.lm_head.weight.dtype == torch.float32
-
-STUDENT = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import data, unlearn
-def my_loss(logits, base_logprobs, y, is_forget, alpha, beta):
-    %s
-unlearn.METHODS["mine"] = unlearn.Method(my_loss, "generic", "prompt")
-sys.exit(data.run_cli(unlearn.main))
-"""
-
-@pytest.mark.parametrize("body, shown", [
-    ('raise ValueError("my mistake")', 'mine.py", line 6, in my_loss'),
-    ("return 1, 2, 3", "too many values to unpack")])
-def test_a_bug_in_a_method_of_your_own_keeps_its_traceback(micro, body, shown):
-    Path("mine.py").write_text(STUDENT % body)
-    done = subprocess.run([sys.executable, "mine.py", *MICRO, "--out", "run", "--method", "mine"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr and shown in done.stderr
-    assert "in train" in done.stderr and "unlearn.py" in done.stderr
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(micro, monkeypatch, capsys):
-    drop_rows(micro / "run", "spul")
-    calls, method = [], unlearn.METHODS["spul"]
-
-    def breaking(*args):
-        loss, parts = method.loss(*args)
-        calls.append(loss)
-        return loss * (float("nan") if len(calls) == 20 else 1), parts
-    with monkeypatch.context() as patch:
-        patch.setitem(unlearn.METHODS, "spul", method._replace(loss=breaking))
-        assert data.run_cli(lambda: train("run")) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "loss nan" in error and "lower the learning rate" in error
-    train("run")
-    assert "resumes after epoch 1" in capsys.readouterr().out
-
-
-# ---- 7. bad input: one line, exit status 2 -----------------------------------------------------
-
-BAD_FLAGS = [
-    (["--dataset", "imdb"], "--dataset: invalid choice: 'imdb'"),
-    (["--method", "npo"], "--method: invalid choice: 'npo' (choose from"),
-    (["--model", "nowhere"], "nowhere: no tokenizer"),
-    (["--dataset", "sst2", "--data-dir", "nowhere"], "nowhere: no train file"),
-    *[([flag, value], f"argument {flag}") for flag, value in [
-        ("--lr", "0"), ("--p", "0"), ("--alpha", "nan"), ("--beta", "-1"), ("--seed", "one"),
-        ("--forget-fraction", "2"), ("--lora-dropout", "1")]],
-    (["--forgot", "dunn"], "unrecognized arguments"),
-    (["--forget-per-batch", "16"], "--forget-per-batch 16; expected less than --batch, 16"),
-    (["--max-len", "3"], "--max-len 3 leaves no room"),
-    (["--targets", "c_attn"], "--targets c_attn: no such linear layer"),
-    (["--labels", "positive", "rather bad"], "label 'rather bad' is 2 tokens"),
-    (["--labels", "positive"], "label 'negative' in train_retain; expected positive"),
-    (["--device", "cuda:99"], "--device cuda:99: no such device"),
-    (["--template", "### Text: {label}"], "{text}"),
-    (["--template", "{text} {x} {label}"], "{text}")]
-
-@pytest.mark.parametrize("flags, message", BAD_FLAGS)
-def test_a_wrong_flag_is_one_line_and_exit_status_2(micro, flags, message, capsys):
-    assert data.run_cli(lambda: train("new", *flags)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and message in error
-    assert not list(micro.rglob("*.part"))
-
-def test_a_real_dataset_without_a_model_is_one_line_that_names_one_to_get(capsys):
-    assert data.run_cli(lambda: unlearn.main(["--dataset", "sst2"])) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in error
-
-def cut(path):
-    """Lose the end of a file, as an interrupted copy does."""
-    path.write_bytes(path.read_bytes()[:-64])
-
-def tensors(**changes):
-    """Return a function that changes tensors of a .safetensors file; None removes one."""
-    def spoil(path):
-        state = load_file(path) | {name.replace("_dot_", "."): w for name, w in changes.items()}
-        save_file({name: w for name, w in state.items() if w is not None}, path)
-    return spoil
-
-COMMANDS = {
-    "load": lambda: model.load_model("lm"),
-    "tokenize": lambda: data.load_tokenizer("lm"),
-    "bpe": lambda: data.load_tokenizer("bpe"),
-    "adapt": lambda: lora.load_adapter(model.load_model("lm", "fp32"), "run/adapter"),
-    "prompt": lambda: soft_prompt.load_prompt("run/prompt"),
-    "table": lambda: evaluate.main(["run"]),
-    "ask": lambda: evaluate.main(["run", "--ask", "a dull comedy"]),
-    "audit": lambda: evaluate.main(["run", "--audit"]),
-    "again": lambda: train("run"),
-    "data": lambda: data.main(["--dataset", "splits", "--data-dir", "."])}
-LM, ADAPTER, PHI = [f"{name}.safetensors" for name in (
-    "lm/model", "run/adapter/adapter_model", "run/prompt/adapter_model")]
-SPOILT = [  # command, file, new content (a dict: changed keys), part of the message
-    ("load", LM, None, "lm: no model.safetensors or .bin"),
-    ("load", LM, cut, "model.safetensors: not"),
-    ("load", LM, tensors(lm_head_dot_weight=None), "tensor lm_head.weight is missing"),
-    ("load", LM, tensors(score_dot_weight=torch.zeros(2)), "tensor score.weight is (2,)"),
-    ("load", LM, tensors(lm_head_dot_weight=torch.zeros(9, 32)), "lm_head.weight is (9, 32)"),
-    ("load", "lm/config.json", None, "No such file"),
-    ("load", "lm/config.json", "{}", "no 'model_type' in it"),
-    ("load", "lm/config.json", {"num_hidden_layers": 3}, "tensor layers.2.input_layernorm.weight"),
-    ("load", "lm/config.json", {"num_key_value_heads": 3}, "(32, 32); expected (48, 32)"),
-    *[("load", "lm/config.json", {key: value}, key) for key, value in [
-        ("model_type", "gpt2"), ("hidden_act", "gelu"), ("activation_function", "gelu"),
-        ("do_layer_norm_before", False), ("partial_rotary_factor", 0.5)]],
-    *[("load", "lm/config.json", {place: {key: "linear", "factor": 2.0}}, f"{key} is 'linear'")
-      for place in ("rope_parameters", "rope_scaling") for key in ("rope_type", "type")],
-    ("load", LM, tensors(model_dot_layers_dot_0_dot_mlp_dot_up_proj_dot_bias=torch.zeros(80)),
-     "tensor layers.0.mlp.up_proj.bias is (80,); expected no such tensor"),
-    ("tokenize", "lm/tokenizer.model", cut, "not a sentencepiece model"),
-    ("bpe", "bpe/vocab.json", "{", "vocab.json: not readable as JSON"),
-    ("adapt", ADAPTER, None, "run/adapter: no adapter_model.safetensors or .bin"),
-    ("adapt", ADAPTER, cut, "adapter_model.safetensors: not"),
-    *[("adapt", "run/adapter/adapter_config.json", {key: value}, key) for key, value in [
-        ("use_rslora", True), ("alpha_pattern", {"q_proj": 2})]],
-    ("adapt", ADAPTER, tensors(score=torch.zeros(2)), "tensor score is (2,); expected no such"),
-    ("adapt", "run/adapter/adapter_config.json", "{}", "no 'r' in it"),
-    ("adapt", "run/adapter/adapter_config.json", {"r": 5}, "expected (5, "),
-    ("prompt", PHI, tensors(prompt_embeddings=None), "prompt: no adapter_model.safetensors"),
-    ("table", "run/results.json", '{"rows": [', "results.json: not readable as JSON"),
-    ("table", "run/results.json", '{"rows": [{"cell": 1}]}', "results.json: a row without"),
-    ("ask", "run/results.json", {"rows": []}, "no finished spul row"),
-    ("ask", "run/args.json", "{", "args.json: not readable as JSON"),
-    ("again", ADAPTER, cut, "adapter_model.safetensors: not"),
-    ("data", "train_retain.jsonl", "{", "train_retain.jsonl row 1: Expecting")]
-
-@pytest.mark.parametrize("command, file, content, message", SPOILT)
-def test_a_spoilt_file_is_one_line_and_exit_status_2(micro, command, file, content, message, capfd):
-    (micro / "bpe").mkdir()
-    write_smollm2_tokenizer(micro / "bpe")
-    path = micro / file
-    if content is None:
-        path.unlink()
-    elif callable(content):
-        content(path)
-    elif isinstance(content, dict):
-        model.write_json(path, json.loads(path.read_text()) | content)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert data.run_cli(COMMANDS[command]) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and message in error, error
-
-class Sneaky:
-    """Unpickled without care, it makes a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
-@pytest.mark.parametrize("command, file", [
-    ("load", LM), ("prompt", PHI), ("adapt", ADAPTER), ("again", f"run/state-{SPUL_CELL}.pt")])
-def test_code_hidden_in_a_pickle_never_runs(micro, command, file):
-    path = Path(file)
-    if command == "again":
-        drop_rows(micro / "run", "spul")
-    else:
-        path.unlink()
-        path = path.with_name("pytorch_model.bin" if command == "load" else "adapter_model.bin")
-    torch.save({"w": Sneaky()}, path)
-    with pytest.raises((InputError, pickle.UnpicklingError)):
-        COMMANDS[command]()
-    assert not Path("ran").exists()
-    torch.load(path, weights_only=False)
-    assert Path("ran").exists()  # the trap was set
-
-
-# ---- 8. evaluation -----------------------------------------------------------------------------
-
-def test_metrics_count_every_other_token_as_wrong_and_weigh_f1_by_the_true_labels():
-    assert evaluate.metrics([7, 7, 9, 8], [7, 7, 7, 8]) == {"n": 4, "acc": 75.0, "f1": 85.0}
-    constant = evaluate.metrics([1] * 10_000, [1] * 5_566 + [2] * 4_434)
-    assert constant == {"n": 10_000, "acc": 55.66, "f1": 39.81}  # as GA's row of Table 2
-
-def test_the_three_people_who_are_still_answered_most_are_named(capsys):
-    prompts = [data.Prompt([1], 5, True, group) for group in "aabbccdd"]
-    evaluate.print_worst_groups([5, 5, 5, 9, 9, 9, 5, 9], prompts)
-    line = capsys.readouterr().out
-    assert re.findall(r"\b([abcd]) ([\d.]+) % of 2", line) == [
-        ("a", "100.0"), ("b", "50.0"), ("d", "50.0")]
-    evaluate.print_worst_groups([5], [data.Prompt([1], 5, True)])
-    assert capsys.readouterr().out == ""
-
-def test_tables_have_means_over_seeds_and_a_column_for_each_differing_setting():
-    rows = [make_row("mine", 0, 90.0), make_row("mine", 1, 94.0), make_row("other", lr=0.1),
-            make_row("other", lr=0.2, acc=50.0), make_row("other", 1, lr=0.2, acc=50.0)]
-    lines = table_cells(evaluate.table(rows))
-    assert lines[-3] == ["mine", "0.0001", "2", *["92.0 ± 2.8 / 92.0 ± 2.8"] * 4]
-    assert lines[-2] == ["other", "0.1", "1", *["90.0 / 90.0"] * 4]
-    assert "lr" in lines[0] and "beta" not in lines[0]
-    assert table_cells(evaluate.efficiency(rows))[2] == ["mine", "10", "1", "2.0 ± 0.0"]
-
-class Memory(nn.Module):
-    """A random model that knows the texts and answers of some prompts by heart."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = {tuple(prompt.ids): [*prompt.ids[1:], prompt.label] for prompt in known}
-        self.lm_head = nn.Identity()
-
-    def hidden(self, tokens, answer_pos, prefix):
-        noise = torch.randn(*tokens.shape, 100, generator=torch.Generator().manual_seed(1))
-        for row, ids in zip(noise, tokens.tolist()):
-            for i, token in enumerate(self.known.get(tuple(ids), [])):
-                row[i, token] += 8
-        return noise, []
-
-@pytest.mark.parametrize("is_planted", [True, False])
-def test_membership_inference_finds_a_planted_memory_and_nothing_where_there_is_none(is_planted):
-    rng = random.Random(0)
-    prompts = [data.Prompt([rng.randrange(5, 90) for _ in range(12)], rng.randrange(5, 90), True)
-               for _ in range(1200)]
-    setup = SimpleNamespace(args=SimpleNamespace(device="cpu"), prefix=None,
-                            model=Memory(prompts[:600] if is_planted else []))
-    seen, unseen = [evaluate.token_scores(setup, part) for part in (prompts[:600], prompts[600:])]
-    for name, one, two in zip(("loss", "min-k"), seen, unseen):
-        found = evaluate.auc(one, two)
-        assert found >= 95 if is_planted else abs(found - 50) <= 5, name
-
-def test_the_lens_gives_the_same_numbers_twice_when_the_last_layer_is_the_identity(micro):
-    setup = evaluate.load_run("run")
-    last = setup.model.layers[-1]
-    for layer in (last.self_attn.o_proj, last.mlp["down_proj"]):
-        layer.weight.data.zero_()
-    first, second = evaluate.lens(setup)
-    assert first == pytest.approx(second, abs=1e-4)
-    first, second = evaluate.lens(evaluate.load_run("run"))
-    assert first != pytest.approx(second, abs=1e-4)
-    row = [row for row in read_rows("run") if row["method"] == "spul"][0]
-    assert second["right"] == pytest.approx(row["test_forget"]["acc"], abs=0.01)  # all layers
-
-def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_set(micro, capsys):
-    train("run", "--seed", "1", "--base", "full", "retain")
-    capsys.readouterr()
-    evaluate.main(["run", "--audit"])
-    lines = {line[0]: line for line in table_cells(capsys.readouterr().out)}
-    for name in ("base", "retrain", "spul", "spul on retrain", "spul, asked for a label",
-                 "spul, names misspelt", "base, names in the prompt", "spul, unquantised weights",
-                 "spul, 8-bit weights", "random phi", "another seed's phi", "spul, tuned on 1"):
-        assert len(lines[name]) > 4 and re.search("[a-z]{4}", lines[name][-1]), name
-    kept = json.loads(Path("run/audit.json").read_text())
-    assert kept.keys() == {"0", "1"}
-    for name, method, base in (("base", "qlora", "full"), ("retrain", "qlora", "retain"),
-                               ("spul", "spul", "full"), ("spul on retrain", "spul", "retain")):
-        row, = [row for row in read_rows("run")
-                if (row["method"], row["base"], row["seed"]) == (method, base, 0)]
-        assert kept["0"][name]["right"] == pytest.approx(row["test_forget"]["acc"], abs=0.01)
-
-def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, capsys):
-    need("matplotlib")
-    train("run", "--p", "3", "4")
-    for flag in ("--tsne", "--plot", "--lens"):
-        evaluate.main(["run", flag, "figure.png", "--phi", "prompt"])
-        figure = Path("figure.png").read_bytes()
-        assert figure[:8] == b"\x89PNG\r\n\x1a\n" and len(figure) > 10_000
-        Path("figure.png").unlink()
-    train("run", "--alpha", "0.5")
-    assert data.run_cli(lambda: evaluate.main(["run", "--plot", "fig2.png"])) == 2
-    assert "alpha" in capsys.readouterr().err
-
-
-# ---- 9. speed ----------------------------------------------------------------------------------
-
-BENCH = {
-    "D=512": (dict(hidden_size=512, intermediate_size=1365, num_hidden_layers=8, vocab_size=32000,
-                   num_attention_heads=8), 16, 48),
-    "SmolLM2-135M": (dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                          vocab_size=49152, num_attention_heads=9, num_key_value_heads=3,
-                          tie_word_embeddings=True), 32, 40)}
-
-def median_seconds(steps, runs=5):
-    """Return the median time of each of two functions, called in alternation."""
-    seconds = [[] for _ in steps]
-    for i in range(runs + 2):
-        for times, step in zip(seconds, steps):
-            start = time.perf_counter()
-            step()
-            if i >= 2:  # the first two warm up
-                times.append(time.perf_counter() - start)
-    return [sorted(times)[len(times) // 2] for times in seconds]
-
-@pytest.mark.skipif("SPUL_BENCH" not in os.environ, reason="takes minutes; set it to fp32 or bf16")
-@pytest.mark.parametrize("shape", BENCH)
-def test_speed_of_a_spul_step_beats_transformers_and_peft(shape, tmp_path):
-    hf, peft = need("transformers"), need("peft")
-    torch.set_num_threads(2)
-    sizes, B, T = BENCH[shape]
-    dtype, p = {"fp32": torch.float32, "bf16": torch.bfloat16}[os.environ["SPUL_BENCH"]], 30
-    net = hf.LlamaForCausalLM(hf.LlamaConfig(max_position_embeddings=2048, **sizes)).to(dtype)
-    net.save_pretrained(tmp_path)
-    ours = model.load_model(tmp_path, os.environ["SPUL_BENCH"])
-    tokens, answer_pos = torch.randint(5, 32000, (B, T)), torch.full((B,), T - 1)
-    y, is_forget = tokens[:, 0], torch.arange(B) < B // 8
-    with torch.no_grad():
-        base_logprobs = ours(tokens, answer_pos).float().log_softmax(-1)
-    encoder = soft_prompt.PromptEncoder(p, sizes["hidden_size"])
-    theirs = peft.get_peft_model(net, peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=p, encoder_hidden_size=128))
-
-    def our_step():
-        logits = ours(tokens, answer_pos, soft_prompt.prompt_kv(ours, encoder()))
-        soft_prompt.spul_loss(logits, base_logprobs, y, is_forget, 1.0, 1.0)[0].backward()
-
-    def peer_step():  # as the authors' code: the logits and the loss of every position
-        logits = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
-        target = torch.full((B, p + T), -100)
-        target[:, -1] = y
-        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").sum(1)
-        L_f, L_r = [soft_prompt.mean_over(losses, part) for part in (is_forget, ~is_forget)]
-        L_kl = soft_prompt.kl_divergence(logits[:, -1], base_logprobs, ~is_forget)
-        (L_f + L_r + L_kl).backward()
-
-    peer_seconds, our_seconds = median_seconds([peer_step, our_step])
-    x, w = [torch.randn(n, sizes["hidden_size"], dtype=dtype) for n in (B * T, 2048)]
-    rate = 2 * x.numel() * len(w) / min(median_seconds([lambda: x @ w.T] * 5, 9))
-    weights = sum(q.numel() for n, q in ours.named_parameters() if "layers" in n and q.dim() == 2)
-    limit = 4 * weights * (p + B * T) / rate
-    print(f"\n{shape}, B={B}, T={T}, p={p}, {dtype}: ours {our_seconds:.3f} s, transformers + PEFT "
-          f"{peer_seconds:.3f} s, ratio {peer_seconds / our_seconds:.2f}; ours reaches "
-          f"{100 * limit / our_seconds:.0f} % of the limit at {rate / 1e9:.0f} GFLOP/s")
-    assert peer_seconds / our_seconds > 2
-
-
-# ---- 10. the README and the imports ------------------------------------------------------------
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-IMPORT_ORDER = "model soft_prompt baselines lora data evaluate unlearn".split()
-COMMAND = re.compile(r"^\s*(?:python3?|torchrun --nproc-per-node \d+) (\w+)\.py\b(.*)$", re.M)
-
-@pytest.mark.parametrize("script, flags", COMMAND.findall(README.replace("\\\n", " ")))
-def test_the_commands_of_the_readme_parse(script, flags, monkeypatch):
-    argv = shlex.split(re.split(r"&&|[;|>]", flags)[0], comments=True)
-    if script == "unlearn":
-        monkeypatch.setattr(unlearn, "check_device", lambda device: None)
-        assert unlearn.parse(argv).method
-    else:  # the parser is inside main: stop it after parsing
-        def parse(parser, argv, namespace=None):
-            super(data.ArgumentParser, parser).parse_args(argv, namespace)
-            raise KeyboardInterrupt
-        monkeypatch.setattr(data.ArgumentParser, "parse_args", parse)
-        with pytest.raises(KeyboardInterrupt):
-            {"evaluate": evaluate, "data": data}[script].main(argv)
-
-def test_the_code_that_the_readme_names_exists():
-    for name, attribute in re.findall(r"`(\w+)\.(\w+)\b", README):
-        if name in IMPORT_ORDER and attribute not in ("py", "safetensors"):
-            assert hasattr(sys.modules[name], attribute), f"{name}.{attribute}"
-    n_names = 0
-    for line in re.findall(r"^\|.*\.py\b.*$", README, re.M):  # rows of tables that name a file
-        source = ""
-        for name in re.findall(r"\b(\w+)\.py\b", line):
-            source += (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        for name in re.findall(r"`(?:\w+\.)?([A-Za-z_]\w*)(?:\([^`]*\))?`", line):
-            assert name == "py" or re.search(rf"\b{name}\b", source), f"{name} in {line}"
-            n_names += name != "py"
-    assert n_names > 8
-
-def test_the_method_that_the_readme_adds_runs_and_has_its_row(micro, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    code, = [block for block in blocks if "METHODS[" in block]
-    assert len(code.strip().splitlines()) <= 15
-    monkeypatch.setattr(unlearn, "METHODS", dict(unlearn.METHODS))
-    exec(code, vars(soft_prompt) | vars(unlearn))  # it goes into unlearn.py
-    name, = unlearn.METHODS.keys() - {"spul", "ga", "rl", "ga+kl", "ga+gd"}
-    assert list(train("run", "--method", name).values())[-1]["method"] == name
-
-@pytest.mark.parametrize("name", IMPORT_ORDER)
-def test_a_module_imports_only_what_the_project_may_and_no_later_module(name):
-    allowed = {"torch", "sentencepiece", "safetensors", "numpy", "sklearn"}
-    allowed |= sys.stdlib_module_names | set(IMPORT_ORDER[:IMPORT_ORDER.index(name)])
-    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module]
-        for module in [name.partition(".")[0] for name in names]:
-            optional = module in ("matplotlib", "pyarrow") and node not in tree.body
-            assert module in allowed or optional, f"{name}.py imports {module}"
