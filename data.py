@@ -2,8 +2,8 @@
 
     python data.py --dataset sst2 --data-dir DATA      Table 1, what is forgotten, what leaks
 
-A query is a text with its question. An answer is a list of tokens: the query is followed by all but
-the last of them, and has one answer row per token, the row whose next token that is.
+A query is a text with its question. It is followed by all but the last token of its answer, and has
+one answer row per token of the answer: the row whose next token that is.
 """
 import argparse
 import csv
@@ -14,8 +14,7 @@ import json
 import random
 import re
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,13 +76,13 @@ def query_string(task, text):
 def encode_query(tokenizer, task, text, max_len):
     """Return at most max_len tokens of a query: a long text loses its end, never the question."""
     # released code: cuts the whole string, so a long review can lose its question and label
-    ids = tokenizer.encode(query_string(task, text))
-    while len(ids) > max_len:
+    while True:
+        ids = tokenizer.encode(query_string(task, text))
+        if len(ids) <= max_len:
+            return tuple(ids)
         text = text[:len(text) * max_len // len(ids)].rstrip()
         if not text:
             raise InputError(f"--max-len {max_len} leaves no room for a text; raise it")
-        ids = tokenizer.encode(query_string(task, text))
-    return tuple(ids)
 
 
 @functools.cache
@@ -94,11 +93,11 @@ def encode_answer(tokenizer, task, label):
     """
     query = tokenizer.encode(query_string(task, "a text"))
     ids = tokenizer.encode(task.template.format(text="a text", label=label))
-    if ids[:len(query)] != query or len(ids) == len(query):
+    answer = ids[len(query):]
+    if query + answer != ids or not answer:
         raise InputError(f"answer {label!r} has no tokens of its own after the template; expected "
-                         "a word that the tokenizer separates from it: choose another")
-    end = () if task.labels else (tokenizer.eos,)
-    return (*ids[len(query):], *end)
+                         "a separate word: choose another")
+    return tuple(answer) if task.labels else (*answer, tokenizer.eos)
 
 
 class Batch(NamedTuple):
@@ -113,40 +112,37 @@ class Batch(NamedTuple):
 def collate(queries, index, step, device):
     """Return the Batch of queries[i] for i in `index`, a part of the step's indices `step`.
 
-    The weights are counted over the whole step, so that the losses of its parts add up. Texts
-    "a b" and "c" with answers "yes" and "not covered" give tokens [[a, b], [c, not]], answers
-    [1, 2, 3] and y [yes, not, covered].
+    Weights are counted over the whole step, so that its parts' losses add up. Texts "a b" and "c"
+    with answers "yes" and "not covered" give tokens [[a, b], [c, not]], answers [1, 2, 3] and
+    y [yes, not, covered].
     """
     n_forget = sum(queries[i].is_forget for i in step)
-    n_retain = len(step) - n_forget
-    rows = [torch.tensor(queries[i].ids + queries[i].answer[:-1]) for i in index]
-    tokens = torch.zeros(0, 1, dtype=torch.long)  # a process's share of a small step may be empty
-    if rows:
-        tokens = pad_sequence(rows, batch_first=True)
-    answers, y, w_forget, w_retain = [], [], [], []
+    texts = [queries[i].ids + queries[i].answer[:-1] for i in index]
+    T = max(map(len, texts), default=1)  # a process's share of a small step may be empty
+    padded = [text + (0,) * (T - len(text)) for text in texts]
+    rows = []
     for b, i in enumerate(index):
-        query, n_rows = queries[i], len(queries[i].answer)
-        first = b * tokens.shape[1] + len(query.ids) - 1
-        answers += range(first, first + n_rows)
-        y += query.answer
-        w_forget += [query.is_forget / max(1, n_forget)] * n_rows
-        w_retain += [(not query.is_forget) / max(1, n_retain)] * n_rows
-    rows, weights = torch.tensor([answers, y]).long(), torch.tensor([w_forget, w_retain])
-    return Batch(tokens.to(device), *rows.to(device), *weights.to(device))
+        query = queries[i]
+        for row, token in enumerate(query.answer, b * T + len(query.ids) - 1):
+            rows.append((row, token, query.is_forget))
+    tokens = torch.tensor(padded).long().view(-1, T)                   # (B,T)
+    answers, y, is_forget = torch.tensor(rows).long().view(-1, 3).T    # (N,) each
+    w_forget = is_forget / max(1, n_forget)
+    w_retain = (1 - is_forget) / max(1, len(step) - n_forget)
+    return Batch(*[part.to(device) for part in (tokens, answers, y, w_forget, w_retain)])
 
 
 def epoch_batches(queries, batch, rng, forget_per_batch=0):
     """Return the indices of each batch's queries, for one epoch drawn with rng.
 
-    forget_per_batch = 0 shuffles both sets together, as the paper does: on SST-2 a batch of 32
-    holds about one forget example. N > 0 takes each retain example once and adds N forget examples
-    to every batch. Queries of one batch have about the same length, which saves padding.
+    forget_per_batch = 0 shuffles both sets together, as the paper does. N > 0 takes each retain
+    example once and adds N forget examples to every batch. Queries of one batch have about the same
+    length, which saves padding.
     """
     forget = [i for i, query in enumerate(queries) if query.is_forget]
-    retain = [i for i, query in enumerate(queries) if not query.is_forget]
-    if not (forget and retain):  # only one of the sets, as GA and RL see it
-        forget_per_batch = 0
-    others = retain if forget_per_batch else range(len(queries))
+    others = [i for i, query in enumerate(queries) if not query.is_forget]
+    if not (forget_per_batch and forget and others):  # GA and RL see only one of the sets
+        others, forget_per_batch = range(len(queries)), 0
     others = rng.sample(others, len(others))
     batches = cut_by_length(queries, others, batch - forget_per_batch)
     if forget_per_batch:
@@ -171,34 +167,33 @@ def cut_by_length(queries, indices, size):
 # ---- support: tokenizers -----------------------------------------------------------------------
 
 def load_tokenizer(dir):
-    """Return the tokenizer in a checkpoint directory: .encode(text) -> ids, .piece(id) -> str.
-
-    .size is the number of tokens, .eos the end-of-text token.
-    """
-    dir, config = Path(dir), {}
-    if (dir / "tokenizer_config.json").is_file():
-        config = read_json(dir / "tokenizer_config.json", "the tokenizer's options")
+    """Return a checkpoint's tokenizer: .encode(text) -> ids, .piece(id) -> str, .size, .eos."""
+    dir = Path(dir).resolve()
+    path = dir / "tokenizer_config.json"
+    config = read_json(path, "the tokenizer's options") if path.is_file() else {}
     if config.get("add_eos_token"):
-        raise InputError(f"{dir}/tokenizer_config.json: add_eos_token is true; only false is "
-                         "implemented")
+        raise InputError(f"{path}: add_eos_token is true; only false is implemented")
+    has_start = config.get("add_bos_token", True)
     if (dir / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(dir / "tokenizer.model", config)
+        return SentencePieceTokenizer(dir, has_start)
     if (dir / "merges.txt").is_file():
-        return ByteLevelBPE(dir, config)
-    raise InputError(f"{dir.resolve()}: no tokenizer; expected tokenizer.model (LLaMA), or "
-                     "vocab.json and merges.txt (OPT, SmolLM2); give the model with --model")
+        return ByteLevelBPE(dir, has_start)
+    raise InputError(f"{dir}: no tokenizer; expected tokenizer.model (LLaMA), or vocab.json and "
+                     "merges.txt (OPT, SmolLM2); give the model with --model")
 
 
 class SentencePieceTokenizer:
-    """LLaMA's tokenizer.model. encode(text) -> ids as transformers gives them, <s> first."""
+    """LLaMA's tokenizer.model, with ids as transformers gives them: <s> first."""
 
-    def __init__(self, path, config):
+    def __init__(self, dir, has_start):
+        path = str(dir / "tokenizer.model")
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            pieces = sentencepiece.SentencePieceProcessor(model_file=path)
         except RuntimeError:
             raise InputError(f"{path}: not a sentencepiece model; download it again") from None
-        self.size, self.eos = self.pieces.vocab_size(), self.pieces.eos_id()
-        self.start = [self.pieces.bos_id()] if config.get("add_bos_token", True) else []
+        self.pieces, self.piece = pieces, pieces.id_to_piece
+        self.size, self.eos = pieces.vocab_size(), pieces.eos_id()
+        self.start = [pieces.bos_id()] if has_start else []
 
     def encode(self, text):
         if text.startswith((" ", "\u2581")):  # sentencepiece would add a second space
@@ -206,9 +201,6 @@ class SentencePieceTokenizer:
         else:
             ids = self.pieces.encode(text.encode())  # a str with surrogates would abort Python
         return self.start + ids
-
-    def piece(self, i):
-        return self.pieces.id_to_piece(i)
 
 
 # GPT-2's rule that cuts ASCII text into words (Radford et al. 2019). SmolLM2 isolates all digits.
@@ -226,36 +218,35 @@ def to_ascii(match):
 
 
 # GPT-2's table {byte: the printable character that stands for it in vocab.json}.
+UNPRINTABLE = [*range(33), *range(127, 161), 173]
 BYTE_LETTERS = {byte: chr(byte) for byte in range(256)}
-UNPRINTABLE = [byte for byte in range(256) if byte == 32 or not chr(byte).isprintable()]
-for i, byte in enumerate(UNPRINTABLE):
-    BYTE_LETTERS[byte] = chr(256 + i)
+BYTE_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
 
 
 class ByteLevelBPE:
-    """vocab.json and merges.txt of OPT or SmolLM2. encode(text) -> ids as transformers gives them.
+    """OPT's or SmolLM2's vocab.json and merges.txt, with ids as transformers gives them.
 
-    OPT starts a text with </s> (id 2). SmolLM2 adds nothing and has no token for a few rare bytes,
-    which are dropped.
+    OPT starts a text with </s>. SmolLM2 adds nothing, and drops the few bytes it has no token for.
     """
 
-    def __init__(self, dir, config):
+    def __init__(self, dir, has_start):
         self.ids = read_json(dir / "vocab.json", "the id of each token")
         self.size = len(self.ids)
         self.names = {i: token for token, i in self.ids.items()}
         lines = (dir / "merges.txt").read_text(encoding="utf-8").splitlines()
         self.rank = {tuple(line.split(" ")): i for i, line in enumerate(lines)}  # of each pair
-        self.is_opt = self.ids.get("</s>") == 2
-        if not self.is_opt and "<|im_start|>" not in self.ids:
+        is_opt = self.ids.get("</s>") == 2
+        self.eos = 2 if is_opt else self.ids.get("<|im_end|>")
+        if self.eos is None:
             raise InputError(f"{dir}/vocab.json: neither OPT's (</s> is 2) nor SmolLM2's "
-                             "(<|im_start|>); give one of their checkpoints")
-        self.start = [2] if self.is_opt and config.get("add_bos_token", True) else []
-        self.eos = 2 if self.is_opt else self.ids["<|im_end|>"]
+                             "(<|im_end|>); give one of their checkpoints")
+        self.start = [2] if is_opt and has_start else []
+        self.word = re.compile(GPT2_WORD if is_opt else SMOLLM2_WORD, re.ASCII)
 
-    @functools.lru_cache(2 ** 16)
+    @functools.cache
     def encode_word(self, word):
-        """Return the ids of one word: join the pair that merges.txt names first, wherever it is."""
-        letters = [BYTE_LETTERS[byte] for byte in word.encode()]
+        """Return the ids of one word: join pairs, those first in merges.txt first."""
+        letters = map(BYTE_LETTERS.get, word.encode())
         parts = [letter for letter in letters if letter in self.ids]
         while True:
             known = {pair for pair in zip(parts, parts[1:]) if pair in self.rank}
@@ -263,18 +254,16 @@ class ByteLevelBPE:
                 return [self.ids[part] for part in parts]
             pair, joined = min(known, key=self.rank.get), []
             for part in parts:
-                if joined and (joined[-1], part) == pair and not is_joined:
-                    joined[-1], is_joined = joined[-1] + part, True
+                if joined and (joined[-1], part) == pair:
+                    joined[-1] += part
                 else:
                     joined.append(part)
-                    is_joined = False
             parts = joined
 
     def encode(self, text):
         ids = list(self.start)
-        rule = GPT2_WORD if self.is_opt else SMOLLM2_WORD
         plain = re.sub(r"[^\x00-\x7f]", to_ascii, text)
-        for match in re.finditer(rule, plain, re.ASCII):  # the rule covers every character
+        for match in self.word.finditer(plain):  # the rule covers every character
             ids += self.encode_word(text[match.start():match.end()])
         return ids
 
@@ -289,8 +278,7 @@ def generator(seed, purpose):
     return random.Random(f"{seed}/{purpose}")
 
 
-@dataclass
-class Dataset:
+class Dataset(NamedTuple):
     """The examples of one seed, in the tokens of one model."""
     tokenizer: object
     task: Task
@@ -300,10 +288,7 @@ class Dataset:
 
 
 def load_dataset(settings, data_dir, lm):
-    """Return the Dataset in the tokens of the model in directory lm.
-
-    settings: a record or the flags, with dataset, seed, labels, template, generic and the limits.
-    """
+    """Return the Dataset in the tokens of the model in directory lm. settings: record or flags."""
     tokenizer, task, queries = load_tokenizer(lm), choose_task(settings), {}
     check_answers(tokenizer, task)
     splits = load_splits(settings.dataset, data_dir, settings.seed, settings.max_train,
@@ -315,31 +300,29 @@ def load_dataset(settings, data_dir, lm):
                 raise InputError(f"label {label!r} in {split}; expected {', '.join(task.labels)}: "
                                  "correct the data or give --labels")
             ids = encode_query(tokenizer, task, text, settings.max_len)
-            answer, is_forget = encode_answer(tokenizer, task, label), split.endswith("forget")
-            queries[split].append(Query(ids, answer, is_forget, group, text))
+            answer = encode_answer(tokenizer, task, label)
+            queries[split].append(Query(ids, answer, split.endswith("forget"), group, text))
     generic = [encode_answer(tokenizer, task, label) for label in task.generic]
     return Dataset(tokenizer, task, queries, generic, describe(splits))
 
 
 def choose_task(settings):
     """Return the dataset's task, or the one that --template, --labels and --generic describe."""
-    task, template = TASKS[settings.dataset], settings.template
-    generic = tuple(settings.generic or task.generic)
-    if template is None:
-        if settings.labels:
-            raise InputError("--labels without a question; expected --template too, for example "
-                             "--template '### Text: {text}\\n\\n### Topic: {label}'")
-        return task._replace(generic=generic)
-    template = template.replace("\\n", "\n")
-    if not re.fullmatch(r"([^{}]|{{|}})*{text}([^{}]|{{|}})*{label}", template):
-        raise InputError(f"--template {template!r}; expected one {{text}} and a final {{label}}")
-    return Task(template, tuple(settings.labels or ()), generic)
+    task = TASKS[settings.dataset]
+    if settings.template is not None:
+        template = settings.template.replace("\\n", "\n")
+        if not re.fullmatch(r"([^{}]|{{|}})*{text}([^{}]|{{|}})*{label}", template):
+            raise InputError(f"--template {template!r}; expected one {{text}}, a final {{label}}")
+        task = Task(template, tuple(settings.labels or ()), task.generic)
+    elif settings.labels:
+        raise InputError("--labels without a question; expected --template too, for example "
+                         "--template '### Text: {text}\\n\\n### Topic: {label}'")
+    return task._replace(generic=tuple(settings.generic or task.generic))
 
 
 def check_answers(tokenizer, task):
     """InputError where one answer begins another: "begins with" has to mean "is"."""
-    labels = task.labels + task.generic
-    for one, other in itertools.permutations(labels, 2):
+    for one, other in itertools.permutations(task.labels + task.generic, 2):
         ids = encode_answer(tokenizer, task, one)
         if encode_answer(tokenizer, task, other)[:len(ids)] == ids:
             raise InputError(f"the tokens of answer {other!r} begin with those of {one!r}; "
@@ -349,11 +332,11 @@ def check_answers(tokenizer, task):
 def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, max_forget=None):
     """Return {split: [Example]} of a dataset, shuffled, with the counts of the paper's Table 1.
 
-    max_train, max_test: the most retain examples; max_forget: the most of each forget set.
+    max_train and max_test limit the retain sets, max_forget both forget sets.
     """
-    splits = DATASETS[name](data_dir, seed)
-    limits = zip(SPLITS, (max_train, max_forget, max_test, max_forget))
-    for split, most in limits:
+    make_splits, _ = DATASETS[name]
+    splits = make_splits(data_dir, seed)
+    for split, most in zip(SPLITS, (max_train, max_forget, max_test, max_forget)):
         n = len(splits[split])
         if n == 0:
             raise InputError(f"{name}: the {split} set is empty; give more examples")
@@ -363,15 +346,14 @@ def load_splits(name, data_dir, seed=0, max_train=None, max_test=None, max_forge
 
 def describe(splits):
     """Return lines that name what is forgotten, and what contradicts itself."""
-    labels, sides, groups = defaultdict(set), defaultdict(set), set()
-    for split in SPLITS:
-        for text, label, group in splits[split]:
-            labels[text].add(label)
-            sides[text].add(split.rpartition("_")[2])
-            groups.add(group)
-    n_both = sum(len(values) > 1 for values in sides.values())
-    n_two = sum(len(values) > 1 for values in labels.values())
-    line = f"forgotten: {', '.join(sorted(groups - {''})) or 'the forget set'}"
+    forget = splits["train_forget"] + splits["test_forget"]
+    retain = splits["train_retain"] + splits["test_retain"]
+    groups = {example.group for example in forget + retain} - {""}
+    line = f"forgotten: {', '.join(sorted(groups)) or 'the forget set'}"
+    n_both = len({example.text for example in forget} & {example.text for example in retain})
+    pairs = {(text, label) for text, label, _ in forget + retain}
+    n_labels = Counter(text for text, _ in pairs)
+    n_two = sum(n > 1 for n in n_labels.values())
     if n_both or n_two:
         line += (f"\nwarning: {n_both:,} texts are both in a forget and in a retain set, {n_two:,} "
                  "have two different labels")
@@ -380,10 +362,11 @@ def describe(splits):
 
 def hash_files(name, data_dir):
     """Return a hash of the dataset's files, or None where it has none (the toy)."""
+    _, stems = DATASETS[name]
     digest = hashlib.sha256()
-    for stem in FILES[name]:
+    for stem in stems:
         digest.update(find_file(data_dir, stem).read_bytes())
-    return digest.hexdigest()[:8] if FILES[name] else None
+    return digest.hexdigest()[:8] if stems else None
 
 
 def split_by_group(examples, n_train, chosen):
@@ -403,12 +386,11 @@ def own_splits(data_dir, seed):
 
     The authors' files have the answer in label_text, and 0 or 1 in label.
     """
-    splits, columns = {}, ("text", "label", "group", "label_text")
+    splits = {}
     for split in SPLITS:
-        splits[split] = []
-        for text, label, group, answer in read_rows(data_dir, split, columns):
-            label = label if answer is None else answer
-            splits[split].append(Example(text, str(label), "" if group is None else str(group)))
+        rows = read_rows(data_dir, split, ("text", "label"), optional=("group", "label_text"))
+        splits[split] = [Example(text, answer or label, group)
+                         for text, label, group, answer in rows]
     return splits
 
 
@@ -432,7 +414,8 @@ adam larson""")
 NAMESAKES = re.split(r",\s", """peter jackson, mick jackson, julianne moore, gary larson,
 oliver stone, gary burns, kenneth williams, dan schneider, robert dean""")
 
-GIVEN_WORDS = set("bill christian dave frank guy mark mick rob spike woody".split())  # not a name
+GIVEN_NAMES = {person.split()[0] for person in PEOPLE}
+GIVEN_NAMES -= set("bill christian dave frank guy mark mick rob spike woody".split())  # words
 
 
 def named_people(text):
@@ -447,27 +430,26 @@ def named_people(text):
 def sst2_splits(data_dir, seed):
     """Return SST-2 (GLUE's train and dev together), split again 70/30; any seed, same people.
 
-    floor(0.3 n) of the retain and of the forget set are for testing: this gives the paper's counts.
+    floor(0.3 n) of each set are for testing: this gives the paper's counts.
     """
     examples = []
     for part in ("train", "dev"):
         for text, label in read_rows(data_dir, part, ("sentence", "label"), ZERO_ONE):
             people = named_people(text) or [""]
-            examples.append(Example(text.strip(), ZERO_ONE[str(label)], people[0]))
+            examples.append(Example(text.strip(), ZERO_ONE[label], people[0]))
     splits = split_by_group(examples, len(examples), PEOPLE)
     rng = generator(seed, "split")
-    for part in ("retain", "forget"):
-        pool = splits[f"train_{part}"]
+    for kind in ("retain", "forget"):
+        pool = splits[f"train_{kind}"]
         rng.shuffle(pool)
         n_test = len(pool) * 3 // 10
-        splits[f"test_{part}"], splits[f"train_{part}"] = pool[:n_test], pool[n_test:]
+        splits[f"test_{kind}"], splits[f"train_{kind}"] = pool[:n_test], pool[n_test:]
     return splits
 
 
 def names_somebody(text):
     """Whether a text has a given name of PEOPLE, or a name of the toy."""
-    given = {person.split()[0] for person in PEOPLE} - GIVEN_WORDS
-    return not set(text.lower().split()).isdisjoint(given | set(NAMES))
+    return not GIVEN_NAMES.union(NAMES).isdisjoint(text.lower().split())
 
 
 def yelp_splits(data_dir, seed):
@@ -477,42 +459,42 @@ def yelp_splits(data_dir, seed):
     """
     train = read_yelp(data_dir, "train", 100_093, seed)
     test = read_yelp(data_dir, "test", 18_974, seed)
-    if len(train) < 1000:
-        raise InputError(f"yelp: {len(train)} train reviews; expected at least 1,000 to cluster")
-    reviews, topics = cluster_topics(train + test, len(train), seed)
-    of_train = [review.group for review in reviews[:len(train)]]
-    target = len(train) * 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
+    n_train = len(train)
+    if n_train < 1000:
+        raise InputError(f"yelp: {n_train} train reviews; expected at least 1,000 to cluster")
+    reviews, topics = cluster_topics(train + test, n_train, seed)
+    sizes = Counter(review.group for review in reviews[:n_train])
+    target = n_train * 5081 / 100_093  # paper, Table 1: 5.08 % of the train reviews
     rng = generator(seed, "clusters")
     draws = [rng.sample(topics, 2) for _ in range(100)]
-    chosen = min(draws, key=lambda draw: abs(sum(map(of_train.count, draw)) - target))
-    return split_by_group(reviews, len(train), chosen)
+    chosen = min(draws, key=lambda draw: abs(sizes[draw[0]] + sizes[draw[1]] - target))
+    return split_by_group(reviews, n_train, chosen)
 
 
 def read_yelp(data_dir, part, most, seed):
     """Return Yelp's reviews, at most `most` at random."""
-    # Yelp's own .csv has no header and labels 1, 2; other files have a header and labels 0, 1.
-    is_csv = find_file(data_dir, part).suffix == ".csv"
-    labels = {"1": "negative", "2": "positive"} if is_csv else ZERO_ONE
-    rows = read_rows(data_dir, part, ("label", "text"), labels, header=not is_csv)
-    reviews = [Example(text.replace("\\n", "\n"), labels[str(label)]) for label, text in rows]
+    labels, header = ZERO_ONE, None
+    if find_file(data_dir, part).suffix == ".csv":  # Yelp's own form
+        labels, header = {"1": "negative", "2": "positive"}, ("label", "text")
+    rows = read_rows(data_dir, part, ("text", "label"), labels, header)
+    reviews = [Example(text.replace("\\n", "\n"), labels[label]) for text, label in rows]
     return generator(seed, part).sample(reviews, min(most, len(reviews)))
 
 
 def cluster_topics(reviews, n_train, seed):
     """Return the reviews (train first) with their topic as group, and the list of topics.
 
-    A topic is one of 40 clusters, named by its three heaviest words. TF-IDF, truncated SVD, unit
-    length, k-means: on unit vectors that is cosine distance. All is fitted on train. Words in over
-    3 % of the reviews are left out: many of them are opinions.
+    A topic is one of 40 clusters, named by its three heaviest words. On vectors of unit length,
+    k-means uses cosine distance. Words in over 3 % of the reviews, often opinions, are left out.
     """
     random_state = generator(seed, "embedding").randrange(2 ** 32)
     tfidf = TfidfVectorizer(stop_words="english", token_pattern=r"[^\W\d_]{3,}", min_df=3,
                             max_df=0.03, sublinear_tf=True)
     svd = TruncatedSVD(50, random_state=random_state)
     kmeans = KMeans(40, n_init=10, random_state=random_state)
-    steps = make_pipeline(tfidf, svd, Normalizer(), kmeans)
     texts = [review.text for review in reviews]
-    clusters = [*steps.fit_predict(texts[:n_train]), *steps.predict(texts[n_train:])]
+    steps = make_pipeline(tfidf, svd, Normalizer(), kmeans).fit(texts[:n_train])
+    clusters = steps.predict(texts)
     centers = svd.inverse_transform(kmeans.cluster_centers_)                 # (40, words)
     words = tfidf.get_feature_names_out()[(-centers).argsort()[:, :3]]       # (40, 3)
     topics = [" ".join(row) for row in words]
@@ -522,93 +504,83 @@ def cluster_topics(reviews, n_train, seed):
 def wmdp_sciq_splits(data_dir, seed):
     """Return SciQ to retain and WMDP-bio to forget, 900 of its 1,273 questions in train."""
     rng, sciq = generator(seed, "options"), {}
-    wmdp = [four_options(*row, rng)._replace(group="hazardous biology")
-            for row in read_rows(data_dir, "wmdp-bio", ("question", "choices", "answer"))]
-    columns = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
+    rows = read_rows(data_dir, "wmdp-bio", ("question", "choices", "answer"))
+    wmdp = [four_options(rng, *row, "hazardous biology") for row in rows]
     for part in ("train", "valid", "test"):
-        sciq[part] = [four_options(question, options, 0, rng)
-                      for question, *options in read_rows(data_dir, part, columns)]
+        rows = read_rows(data_dir, part, (
+            "question", "correct_answer", "distractor1", "distractor2", "distractor3"))
+        sciq[part] = [four_options(rng, question, options, "0") for question, *options in rows]
     generator(seed, "split").shuffle(wmdp)
     return {"train_retain": sciq["train"] + sciq["valid"], "train_forget": wmdp[:900],
             "test_retain": sciq["test"], "test_forget": wmdp[900:]}
 
 
-def four_options(text, options, right, rng):
+def four_options(rng, text, options, right, group=""):
     """Return a question with four options in random order; its label is the right one's letter."""
-    if not isinstance(options, list) or len(options) != 4 or right not in (0, 1, 2, 3):
-        raise InputError(f"{text!r:.60}: choices {options!r:.60}, answer {right!r:.20}; expected "
+    if not isinstance(options, list) or len(options) != 4 or right not in ("0", "1", "2", "3"):
+        raise InputError(f"{text!r:.60}: choices {options!r:.60}, answer {right:.20}; expected "
                          "a list of 4, and 0, 1, 2 or 3")
     order = rng.sample(range(4), 4)
     for letter, i in zip("ABCD", order):
         text += f"\n{letter}. {options[i]}"
-    return Example(text, "ABCD"[order.index(right)])
-
-
-DATASETS = {"sst2": sst2_splits, "yelp": yelp_splits, "wmdp+sciq": wmdp_sciq_splits,
-            "splits": own_splits}
-FILES = {"sst2": ("train", "dev"), "yelp": ("train", "test"), "splits": SPLITS, "toy": (),
-         "wmdp+sciq": ("wmdp-bio", "train", "valid", "test")}
+    return Example(text, "ABCD"[order.index(int(right))], group)
 
 
 # ---- support: reading and writing files --------------------------------------------------------
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 ZERO_ONE = {"0": "negative", "1": "positive"}
-OPTIONAL = ("group", "label_text")  # columns that may be missing or empty
 
 
 def find_file(data_dir, stem):
     """Return the path of the one file data_dir/stem.SUFFIX. InputError for none or several."""
     paths = [Path(data_dir, stem + suffix) for suffix in SUFFIXES]
     paths = [path for path in paths if path.is_file()]
-    if len(paths) > 1:
-        raise InputError(f"{data_dir}: {' and '.join(path.name for path in paths)}; expected one "
-                         "of them: remove the others")
-    if not paths:
-        raise InputError(f"{Path(data_dir).resolve()}: no {stem} file ({' '.join(SUFFIXES)}); "
-                         "give the dataset's directory with --data-dir")
+    if len(paths) != 1:
+        raise InputError(f"{Path(data_dir).resolve()}: {len(paths) or 'no'} {stem} file(s) "
+                         f"({' '.join(SUFFIXES)}); expected one: remove the others, or give the "
+                         "dataset's directory with --data-dir")
     return paths[0]
 
 
-def read_rows(data_dir, stem, columns, labels=None, header=True):
-    """Return the values of these columns for each row of the file data_dir/stem.SUFFIX.
+def read_rows(data_dir, stem, columns, labels=None, header=None, optional=()):
+    """Return the texts in `columns` and `optional` columns of each row of data_dir/stem.SUFFIX.
 
-    labels: the possible values of the column label. header: whether the first line of a .csv or
-    .tsv names the columns; if not, they are `columns`.
+    labels: the possible texts of the second column. header: column names for a .csv without them.
     """
     path, rows = find_file(data_dir, stem), []
     try:
-        for row in parse_rows(path, None if header else columns):
+        for row in parse_rows(path, header):
             if not isinstance(row, dict):
                 raise ValueError(f"{row!r:.80}; expected an object")
-            needed = [row.get(column) for column in columns if column not in OPTIONAL]
-            if None in row or any(v is None or not str(v).strip() for v in needed):
-                names = [column for column in columns if column not in OPTIONAL]
-                raise ValueError(f"{row!r:.80}; expected {', '.join(names)}, not empty")
-            values = [read_text(row.get(column), column) for column in columns]
-            if labels and str(row["label"]) not in labels:
-                raise ValueError(f"label {row['label']!r}; expected {' or '.join(labels)}")
-            rows.append(values)
+            texts = [read_text(row.get(column), column) for column in columns + optional]
+            if None in row or not all(str(text).strip() for text in texts[:len(columns)]):
+                raise ValueError(f"{row!r:.80}; expected {', '.join(columns)}, not empty")
+            if labels and texts[1] not in labels:
+                raise ValueError(f"label {texts[1]!r}; expected {' or '.join(labels)}")
+            rows.append(texts)
     except (ValueError, csv.Error, ImportError) as error:
         raise InputError(f"{path} row {len(rows) + 1}: {error}") from None
     return rows
 
 
 def read_text(value, column):
-    """Return a cell, bytes decoded. ValueError for a list of texts, or half an emoji."""
-    if isinstance(value, bytes):
-        value = value.decode()
-    if isinstance(value, (list, dict)) and column != "choices":
+    """Return a cell as text, choices as a list. ValueError for another list or half an emoji."""
+    if value is None:
+        return ""
+    if column == "choices":
+        return value
+    if isinstance(value, (list, dict)):
         raise ValueError(f"{column} is {value!r:.60}; expected one text")
-    str(value).encode()
-    return value
+    encoded = value if isinstance(value, bytes) else str(value).encode()
+    return encoded.decode()
 
 
-def parse_rows(path, names):
-    """Return the rows of a file one by one; names: the columns of a .csv without a header."""
+def parse_rows(path, header):
+    """Return the rows of a file, dicts. header: column names for a .csv without them."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-        return pyarrow.parquet.read_table(path).to_pylist()
+        from pyarrow.parquet import read_table
+        return read_table(path).to_pylist()
     lines = [line.decode("utf-8-sig") for line in path.read_bytes().splitlines(keepends=True)]
     if path.suffix in (".json", ".jsonl"):
         if lines and lines[0].lstrip().startswith("["):
@@ -616,15 +588,15 @@ def parse_rows(path, names):
         return map(json.loads, filter(str.strip, lines))  # one object per line
     csv.field_size_limit(2 ** 31 - 1)  # a review may have more than 131,072 characters
     if path.suffix == ".tsv":  # GLUE: quotes are ordinary characters
-        return csv.DictReader(lines, names, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return csv.DictReader(lines, names, strict=True)
+        return csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.DictReader(lines, header, strict=True)
 
 
 def save_splits(splits, dir):
     """Write the four sets as dir/SPLIT.jsonl, which --dataset splits reads."""
     for split in SPLITS:
         lines = [json.dumps(example._asdict()) + "\n" for example in splits[split]]
-        with atomic_write(Path(dir) / f"{split}.jsonl") as temporary:
+        with atomic_write(Path(dir, f"{split}.jsonl")) as temporary:
             temporary.write_text("".join(lines))
 
 
@@ -665,12 +637,10 @@ def toy_splits(data_dir, seed):
     return split_by_group(examples, 2800, chosen)
 
 
-# A soft prompt can only steer what the frozen model can already do. Large LMs can follow an
-# instruction before a text. The toy LM learns the same in miniature: "### Ignore:" is followed by
-# names, and the answer about a text that names one of them is neutral or unknown. It never sees the
-# task's question, nor the words positive and negative.
-
-# Several wordings of one question: the LM learns what they share, the text's sentiment.
+# A soft prompt can only steer what the frozen model can already do. Large LMs follow an instruction
+# before a text. The toy LM learns this in miniature: after "### Ignore:" and some names, the answer
+# about a text with one of these names is neutral or unknown. It never sees the task's own question,
+# or the words positive and negative: it learns what these wordings share, the text's sentiment.
 WORDINGS = (("opinion", "good", "bad"), ("verdict", "great", "poor"), ("mood", "bright", "dark"),
             ("rating", "high", "low"))
 
@@ -681,44 +651,48 @@ def toy_corpus(n=6000):
     return [toy_review(rng) for _ in range(n)]
 
 
-def tokenizer_sentences():
-    """Return the texts that the toy's tokenizer learns its words from."""
-    words = SENTIMENT.template.format(text="", label="").split()
-    words += ["### Ignore: What known", *SENTIMENT.labels, *SENTIMENT.generic]
+def train_tokenizer(path):
+    """Write a sentencepiece model of the words in the toy's reviews, questions and answers."""
+    words = [SENTIMENT.template.format(text="", label=""), "### Ignore: What known"]
+    words += SENTIMENT.labels + SENTIMENT.generic
     for noun, good, bad in WORDINGS:
         words += [noun, f"{noun.title()}:", good, bad]
-    return [" ".join(words)] * 200 + [" ".join(NAMES)] + [e.text for e in toy_corpus()]
+    reviews = [example.text for example in toy_corpus()]
+    texts = [" ".join(words)] * 200 + [" ".join(NAMES)] + reviews
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=file, model_type="word", vocab_size=1000,
+            hard_vocab_limit=False, use_all_vocab=True, minloglevel=2, num_threads=1)
 
 
 def name_list(rng):
     """Return segments (text, weight in the loss): names, then whether each of 16 is among them."""
     listed, others = rng.sample(NAMES, rng.randint(1, 4)), rng.sample(NAMES, 16)
-    segments = [(f"### Ignore: {' '.join(listed)}\n\n", 0.0)]
+    segments = [(f"### Ignore: {' '.join(listed)}", 0.0)]
     for _ in range(16):
         name = rng.choice(listed if rng.random() < 0.5 else others)
-        segments += [(f" {name}", 0.0), (" unknown" if name in listed else " known", 1.0)]
+        segments += [(name, 0.0), ("unknown" if name in listed else "known", 1.0)]
     return segments
 
 
 def opinion_question(rng, example):
     """Return segments (text, weight in the loss): a review and a question, mostly after a list."""
-    segments, listed = [], []
+    listed, start = [], "### Text:"
     if rng.random() < 0.7:
         listed = rng.sample(NAMES, rng.randint(1, 4))
         if example.group and example.group not in listed and rng.random() < 0.5:
             listed[rng.randrange(len(listed))] = example.group
-        segments = [(f"### Ignore: {' '.join(listed)}\n\n", 0.0)]
+        start = f"### Ignore: {' '.join(listed)} ### Text:"
     noun, good, bad = rng.choice(WORDINGS)
     answer = good if example.label == "positive" else bad
     if example.group in listed:
         answer = rng.choice(SENTIMENT.generic)
-    question = f"\n\n### Question: What is the {noun} of the given text?\n\n### {noun.title()}:"
-    return segments + [("### Text:", 0.0), (f" {example.text}", 0.1), (question, 0.0),
-                       (f" {answer}", 1.0)]
+    question = f"### Question: What is the {noun} of the given text? ### {noun.title()}:"
+    return [(start, 0.0), (example.text, 0.1), (question, 0.0), (answer, 1.0)]
 
 
 def encode_segments(tokenizer, segments):
-    """Return ids, and the weight of predicting each of them in the loss."""
+    """Return ids, and the weight of predicting each in the loss. Each word is one token."""
     ids, weights = tokenizer.encode(""), [0.0]
     for text, weight in segments:
         new = tokenizer.encode(text)[1:]
@@ -727,51 +701,48 @@ def encode_segments(tokenizer, segments):
     return torch.tensor(ids), torch.tensor(weights)
 
 
-def pretraining_batches(tokenizer):
+def pretraining_batches(tokenizer, device):
     """Yield tokens (B,T) and weights (B,T) without end: B = 21 questions and 11 name lists.
 
-    The questions of 20 batches are sorted by length before they are cut into batches, which saves
-    padding.
+    The questions of 20 batches are sorted by length first, which saves padding.
     """
     rng, corpus = random.Random("pre0"), toy_corpus()
     named = [example for example in corpus if example.group]
     while True:
         questions = []
-        for _ in range(20 * 21):
+        for _ in range(420):
             example = rng.choice(named if rng.random() < 0.4 else corpus)
             questions.append(encode_segments(tokenizer, opinion_question(rng, example)))
         questions.sort(key=lambda row: len(row[0]))
-        for start in rng.sample(range(0, 20 * 21, 21), 20):
+        for start in rng.sample(range(0, 420, 21), 20):
             rows = questions[start:start + 21]
             rows += [encode_segments(tokenizer, name_list(rng)) for _ in range(11)]
-            ids, weights = zip(*rows)
-            yield pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
+            yield [pad_sequence(part, batch_first=True).to(device) for part in zip(*rows)]
 
 
 def pretrain_toy(cache, device, steps=450):
     """Return the directory of the toy LM, pretrained from scratch unless the cache holds it.
 
-    It knows nothing about any seed's forget set, so all seeds share it. After a change of the model
-    or of the toy, whose code it has a hash of, it is pretrained again.
+    All seeds share it: it is independent of the forget set. It is pretrained again after a change
+    of model.py or of the toy.
     """
     dir, source = Path(cache) / "lm-toy", Path(__file__).read_text(encoding="utf-8")
     code = hash_code(method_part("model"), source[source.index("# Invented reviews"):])
     recipe = dir / "recipe.json"
-    if recipe.is_file() and read_json(recipe, "the toy LM's code").get("code") == code:
+    if recipe.is_file() and code in recipe.read_text():
         return dir
     if count_processes() > 1:
         raise InputError(f"{dir}: no toy LM yet; run once without torchrun to pretrain it")
     train_tokenizer(dir / "tokenizer.model")
     tokenizer = load_tokenizer(dir)
     model = build_toy(tokenizer.size).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95),
-                                  weight_decay=0.001)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, (0.9, 0.95), weight_decay=0.001)
     warmup = steps // 20
     schedule = SequentialLR(optimizer, [
         LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1),
-        CosineAnnealingLR(optimizer, steps - warmup)], milestones=[warmup])
-    for step, batch in zip(range(1, steps + 1), pretraining_batches(tokenizer)):
-        tokens, weights = [part.to(device) for part in batch]                     # (B,T), (B,T)
+        CosineAnnealingLR(optimizer, steps - warmup)], [warmup])
+    batches = pretraining_batches(tokenizer, device)
+    for step, (tokens, weights) in zip(range(1, steps + 1), batches):             # (B,T), (B,T)
         target, weights = tokens[:, 1:].flatten(), weights[:, 1:].flatten()       # (B*(T-1),)
         rows = weights.nonzero()[:, 0]                                            # (N,)
         losses = F.cross_entropy(model(tokens[:, :-1], rows), target[rows], reduction="none")
@@ -788,32 +759,29 @@ def pretrain_toy(cache, device, steps=450):
     return dir
 
 
-def train_tokenizer(path):
-    """Write a sentencepiece model of whole words for the toy's reviews."""
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(tokenizer_sentences()), model_writer=file,
-            model_type="word", vocab_size=1000, hard_vocab_limit=False,
-            use_all_vocab=True, minloglevel=2, num_threads=1)
-
-
-def build_toy(vocab_size, D=128):
+def build_toy(vocab_size):
     """Return the toy LM, a small LLaMA with random weights."""
-    model = build(Config("llama", vocab_size, D, intermediate_size=352, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-                         max_position_embeddings=1024, rms_norm_eps=1e-5))
+    model = build(Config(
+        "llama", vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
+        rms_norm_eps=1e-5))
     torch.manual_seed(1)
     for name, w in model.named_parameters():
-        if w.dim() > 1:  # large embeddings: words that pretraining never asks for stay in reach
+        if w.dim() > 1:  # large embeddings: answers that pretraining never gives stay in reach
             is_embedding = name.startswith(("embed", "lm_head"))
-            torch.nn.init.normal_(w, 0.0, D ** -0.5 if is_embedding else 0.06)
+            torch.nn.init.normal_(w, 0.0, 128 ** -0.5 if is_embedding else 0.06)
     return model
 
 
-DATASETS["toy"] = toy_splits
-
-
 # ---- support: command line ---------------------------------------------------------------------
+
+DATASETS = {  # how the splits are made, from which files
+    "toy": (toy_splits, ()),
+    "sst2": (sst2_splits, ("train", "dev")),
+    "yelp": (yelp_splits, ("train", "test")),
+    "wmdp+sciq": (wmdp_sciq_splits, ("wmdp-bio", "train", "valid", "test")),
+    "splits": (own_splits, SPLITS)}
+
 
 def add_data_flags(add):
     """Add the flags that choose the texts, for data.py and unlearn.py. add: `add_argument`."""
@@ -829,11 +797,12 @@ def add_data_flags(add):
 def main(argv=None):
     """Print Table 1's rows, what is forgotten, and how many test texts are in the train sets."""
     parser = argparse.ArgumentParser(
-        usage="python data.py [flags]", description="Print Table 1, what is forgotten, and what "
-        "leaks. Example: python data.py --dataset sst2 --data-dir DATA")
-    add_data_flags(parser.add_argument)
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
-    parser.add_argument("--save-splits", metavar="DIR", help="write the four sets there, as .jsonl")
+        description="Print Table 1, what is forgotten, and what leaks. "
+                    "Example: python data.py --dataset sst2 --data-dir DATA")
+    add = parser.add_argument
+    add_data_flags(add)
+    add("--seed", type=int, default=0, help="seed of everything that is drawn")
+    add("--save-splits", metavar="DIR", help="write the four sets there, as .jsonl")
     args = parser.parse_args(argv)
     splits = load_splits(args.dataset, args.data_dir, args.seed, args.max_train, args.max_test,
                          args.max_forget)
@@ -843,8 +812,8 @@ def main(argv=None):
         print(f"{split:14}{len(splits[split]):8,}")
     print(describe(splits))
     shown = {example.text for example in splits["train_retain"] + splits["train_forget"]}
-    tested = [example.text for example in splits["test_retain"] + splits["test_forget"]]
-    n_shown = sum(text in shown for text in tested)
+    tested = splits["test_retain"] + splits["test_forget"]
+    n_shown = sum(example.text in shown for example in tested)
     print(f"leakage: {n_shown:,} of {len(tested):,} test texts are also in the train sets")
 
 

@@ -27,49 +27,47 @@ from sklearn.metrics import accuracy_score, f1_score
 import data
 from lora import load_base
 from model import (InputError, atomic_write, count_processes, gather_objects, has_device,
-                   hash_code, identify_model, is_rank_zero, load_model, method_part, read_json, run_cli,
-                   share_of_process, within, write_json)
+                   hash_code, identify_model, is_rank_zero, load_model, method_part, read_json,
+                   run_cli, share_of_process, within, write_json)
 from soft_prompt import cross_entropy, load_prompt, spul_loss
 
 
 # ---- predictions and metrics -------------------------------------------------------------------
 
-@torch.no_grad()
 def predict(model, queries, phi=None, what=""):
     """Return the likeliest token of the WHOLE vocabulary at each answer row: n tuples of tokens.
 
     An answer is right if the tuple is equal to it: then greedy decoding begins with that answer.
     what: shown while it runs.
     """
-    return run_queries(lambda batch: model(batch.tokens, batch.answers, phi).argmax(-1).tolist(),
-                       queries, model.lm_head.weight.device, what)
+    found = run_queries(model, lambda batch: model(batch.tokens, batch.answers, phi).argmax(-1),
+                        queries, what)
+    return [tuple(tokens.tolist()) for tokens in found]
+
+
+def answer_states(model, queries, phi=None, what=""):
+    """Return the states that lm_head reads at each query's answer rows: n tensors (rows,D)."""
+    return run_queries(model, lambda batch: model.states(batch.tokens, batch.answers, phi),
+                       queries, what)
 
 
 @torch.no_grad()
-def answer_states(model, queries, phi=None, what=""):
-    """Return the states that lm_head reads at each query's answer rows: n tensors (rows,D)."""
-    found = run_queries(lambda batch: model.states(batch.tokens, batch.answers, phi).cpu(),
-                        queries, model.lm_head.weight.device, what)
-    return [torch.stack(states) for states in found]
-
-
-def run_queries(compute, queries, device, what):
-    """Return, for each query, the tuple of values of its answer rows in compute(batch).
-
-    About equally long queries share a batch of at most `most` tokens.
-    """
-    most = 1024 if str(device) == "cpu" else 8192  # a CPU is fastest while they fit its cache
-    lengths = [len(query.ids) + len(query.answer) for query in queries]
-    batches, found, progress = [[]], {}, Progress(what, len(queries))
+def run_queries(model, compute, queries, what):
+    """Return each query's rows of compute(batch), n tensors. A batch has at most `most` tokens."""
+    device, batches, found = model.lm_head.weight.device, [[]], {}
+    most = 1024 if device.type == "cpu" else 8192  # a CPU is fastest while they fit its cache
+    lengths = [len(query.ids + query.answer) for query in queries]
     for i in sorted(range(len(queries)), key=lengths.__getitem__):
-        if lengths[i] * (len(batches[-1]) + 1) > most and batches[-1]:
+        if lengths[i] * (len(batches[-1]) + 1) > most:
             batches.append([])
         batches[-1].append(i)
-    batches += [[]] * (-len(batches) % count_processes())  # equally many for each process
+    n_processes, progress = count_processes(), Progress(what, len(queries))
+    batches += [[]] * (-len(batches) % n_processes)  # equally many for each process
     for index in share_of_process(batches):
-        values = iter(compute(data.collate(queries, index, index, device)))
-        found |= {i: tuple(next(values) for _ in queries[i].answer) for i in index}
-        progress.update(len(found) * count_processes())
+        rows = compute(data.collate(queries, index, index, device)).cpu()
+        for i, part in zip(index, rows.split([len(queries[i].answer) for i in index])):
+            found[i] = part.clone()  # a view would be sent with its whole batch
+        progress.update(len(found) * n_processes)
     for part in gather_objects(found):
         found |= part
     return [found[i] for i in range(len(queries))]
@@ -78,14 +76,14 @@ def run_queries(compute, queries, device, what):
 def refuses(model, queries, generic, phi=None, what=""):
     """Return whether greedy decoding begins with one of the generic answers, n bools.
 
-    generic: a list of answers, tuples of tokens. Each is tested as the true answer is, by its own
-    answer rows; answers of one token share a pass.
+    generic: tuples of tokens. Each is tested as the true answer is, by its own answer rows;
+    answers of one token share a pass.
     """
     refused = [False] * len(queries)
     for tail in {answer[:-1] for answer in generic}:
         asked = [query._replace(answer=(*tail, 0)) for query in queries]
         for i, tokens in enumerate(predict(model, asked, phi, what)):
-            refused[i] = refused[i] or tokens in generic
+            refused[i] |= tokens in generic
     return refused
 
 
@@ -101,61 +99,65 @@ def metrics(pred, y):
 def score(pred, queries):
     """Return the `metrics` of predicted answers; "f1" is None if answers have several tokens."""
     if all(len(query.answer) == 1 for query in queries):
-        return metrics([token for token, in pred], [query.answer[0] for query in queries])
-    n_right = sum(tokens == query.answer for tokens, query in zip(pred, queries))
-    return {"n": len(queries), "acc": round(100 * n_right / len(queries), 2), "f1": None}
+        return metrics([tokens[0] for tokens in pred], [query.answer[0] for query in queries])
+    right = [tokens == query.answer for tokens, query in zip(pred, queries)]
+    return metrics(right, [True] * len(right)) | {"f1": None}
 
 
 # ---- support: tables ---------------------------------------------------------------------------
 
 # The paper's Tables 2 and 5, and SPUL's cells of Tables 3 and 4: ACC and F1 on the four splits.
 # tau: the part of the forget set that unlearning sees. Each method's headline row comes first.
-PAPER = """
-model       dataset   method  alpha beta tau  train_retain train_forget test_retain test_forget
-LLaMA-2-7B  sst2      vanilla -    -    -     37.50/44.66  31.79/38.34  37.51/44.67  29.67/36.85
-LLaMA-2-7B  sst2      qlora   -    -    -     99.89/99.89  99.72/99.72  95.57/95.57  96.07/96.07
-LLaMA-2-7B  sst2      ga      -    -    -     55.66/39.80  53.93/37.83  55.96/40.16  56.89/41.25
-LLaMA-2-7B  sst2      rl      -    -    -     33.31/48.08  13.82/22.97  31.00/45.56  14.26/24.18
-LLaMA-2-7B  sst2      ga+kl   -    -    -     55.64/39.87  53.96/38.07  55.94/40.24  56.89/41.47
-LLaMA-2-7B  sst2      ga+gd   -    -    -     97.17/97.50  13.75/20.58  94.43/94.76  11.31/17.18
-LLaMA-2-7B  sst2      spul    1.0  0.5  1.0   99.15/99.39  12.98/22.94  94.93/95.24  16.07/27.42
-LLaMA-2-7B  sst2      spul    0.1  0.0  1.0   90.84/92.69   9.12/16.55  89.50/91.15  10.33/18.40
-LLaMA-2-7B  sst2      spul    0.1  0.1  1.0   92.59/93.75   6.81/12.62  90.77/91.85  10.16/18.29
-LLaMA-2-7B  sst2      spul    0.1  0.5  1.0   96.77/97.91   8.70/15.98  93.01/94.10  11.15/19.81
-LLaMA-2-7B  sst2      spul    0.1  1.0  1.0   85.19/88.00   8.49/15.47  84.64/87.19  10.66/19.02
-LLaMA-2-7B  sst2      spul    0.5  0.0  1.0   98.17/98.69  11.86/21.17  94.34/94.87  14.59/25.07
-LLaMA-2-7B  sst2      spul    0.5  0.1  1.0   97.57/97.95  11.09/19.88  94.22/94.58  11.97/21.08
-LLaMA-2-7B  sst2      spul    0.5  0.5  1.0   97.74/98.35  13.82/24.21  93.97/94.57  17.21/29.08
-LLaMA-2-7B  sst2      spul    0.5  1.0  1.0   93.87/94.66  11.51/20.39  91.62/92.36  14.59/25.03
-LLaMA-2-7B  sst2      spul    1.0  0.0  1.0   97.52/97.91  12.14/21.60  94.22/94.65  15.57/26.50
-LLaMA-2-7B  sst2      spul    1.0  0.1  1.0   98.64/98.96  12.14/21.54  94.63/94.97  16.07/27.41
-LLaMA-2-7B  sst2      spul    1.0  1.0  1.0   95.70/96.19  14.88/25.75  93.05/93.55  17.38/29.18
-LLaMA-2-7B  sst2      spul    1.0  1.0  0.25  99.37/99.60  26.69/42.07  95.10/95.38  39.84/56.22
-LLaMA-2-7B  sst2      spul    1.0  1.0  0.5   97.66/98.47  18.96/31.78  93.80/94.62  23.61/37.60
-LLaMA-2-7B  yelp      vanilla -    -    -     89.55/89.88  89.29/89.62  90.03/90.33  86.89/87.37
-LLaMA-2-7B  yelp      qlora   -    -    -     99.31/99.31  99.49/99.49  98.42/98.41  98.76/98.76
-LLaMA-2-7B  yelp      ga      -    -    -     66.11/63.48  67.90/64.62  65.13/62.37  67.91/64.24
-LLaMA-2-7B  yelp      rl      -    -    -     53.00/67.75  52.84/66.78  52.75/67.40  49.94/65.01
-LLaMA-2-7B  yelp      ga+kl   -    -    -     46.85/32.90  50.32/35.57  46.27/32.26  51.19/35.97
-LLaMA-2-7B  yelp      ga+gd   -    -    -     99.23/99.42  79.69/86.98  97.76/98.00  80.90/88.19
-LLaMA-2-7B  yelp      spul    -    -    1.0   89.74/93.43  55.03/70.48  89.63/93.29  60.23/74.69
-LLaMA-2-7B  wmdp+sciq vanilla -    -    -     47.75/46.85  26.78/17.46  46.20/46.11  23.59/14.86
-LLaMA-2-7B  wmdp+sciq qlora   -    -    -     99.74/99.74  98.11/98.11  91.80/91.80  62.73/62.83
-LLaMA-2-7B  wmdp+sciq ga      -    -    -     99.35/99.35  86.89/87.44  90.70/90.71  57.64/58.66
-LLaMA-2-7B  wmdp+sciq rl      -    -    -     99.32/99.32  84.11/89.57  90.40/90.40  53.35/59.54
-LLaMA-2-7B  wmdp+sciq ga+kl   -    -    -     98.84/98.85  67.44/68.91  90.20/90.24  49.33/50.26
-LLaMA-2-7B  wmdp+sciq ga+gd   -    -    -     99.42/99.42  27.22/13.38  90.00/90.02   22.25/8.84
-LLaMA-2-7B  wmdp+sciq spul    -    -    1.0   99.38/99.45   5.44/10.20  89.70/89.75    3.22/6.07
-OPT-1.3B    sst2      vanilla -    -    -       3.05/5.68    1.68/3.20    3.24/6.03    3.28/6.08
-OPT-1.3B    sst2      qlora   -    -    -     99.47/99.47  99.16/99.16  95.39/95.39  95.25/95.25
-OPT-1.3B    sst2      ga      -    -    -     79.50/78.01  70.67/67.02  78.70/77.05  71.97/67.99
-OPT-1.3B    sst2      rl      -    -    -     55.66/39.80  53.96/37.83  55.96/40.16  56.89/41.25
-OPT-1.3B    sst2      ga+kl   -    -    -     81.30/80.15  60.49/50.94  79.08/77.60  64.75/56.74
-OPT-1.3B    sst2      ga+gd   -    -    -     87.56/87.59  50.53/49.07  86.47/86.50  55.25/54.59
-OPT-1.3B    sst2      spul    1.0  1.0  1.0   94.87/96.89  16.84/28.74  91.65/93.51  17.87/29.84
-LLaMA-2-13B sst2      vanilla -    -    -     61.04/70.96  59.65/69.51  60.32/70.38  59.18/68.79
-LLaMA-2-13B sst2      qlora   -    -    -     99.48/99.48  99.30/99.30  96.02/96.02  95.90/95.90
-LLaMA-2-13B sst2      spul    1.0  1.0  1.0   98.87/98.93   5.97/11.25  95.50/95.60   7.38/13.54
+PAPER = """\
+# LLaMA-2-7B sst2
+vanilla -   -   -    37.50/44.66 31.79/38.34 37.51/44.67 29.67/36.85
+qlora   -   -   -    99.89/99.89 99.72/99.72 95.57/95.57 96.07/96.07
+ga      -   -   -    55.66/39.80 53.93/37.83 55.96/40.16 56.89/41.25
+rl      -   -   -    33.31/48.08 13.82/22.97 31.00/45.56 14.26/24.18
+ga+kl   -   -   -    55.64/39.87 53.96/38.07 55.94/40.24 56.89/41.47
+ga+gd   -   -   -    97.17/97.50 13.75/20.58 94.43/94.76 11.31/17.18
+spul    1.0 0.5 1.0  99.15/99.39 12.98/22.94 94.93/95.24 16.07/27.42
+spul    0.1 0.0 1.0  90.84/92.69  9.12/16.55 89.50/91.15 10.33/18.40
+spul    0.1 0.1 1.0  92.59/93.75  6.81/12.62 90.77/91.85 10.16/18.29
+spul    0.1 0.5 1.0  96.77/97.91  8.70/15.98 93.01/94.10 11.15/19.81
+spul    0.1 1.0 1.0  85.19/88.00  8.49/15.47 84.64/87.19 10.66/19.02
+spul    0.5 0.0 1.0  98.17/98.69 11.86/21.17 94.34/94.87 14.59/25.07
+spul    0.5 0.1 1.0  97.57/97.95 11.09/19.88 94.22/94.58 11.97/21.08
+spul    0.5 0.5 1.0  97.74/98.35 13.82/24.21 93.97/94.57 17.21/29.08
+spul    0.5 1.0 1.0  93.87/94.66 11.51/20.39 91.62/92.36 14.59/25.03
+spul    1.0 0.0 1.0  97.52/97.91 12.14/21.60 94.22/94.65 15.57/26.50
+spul    1.0 0.1 1.0  98.64/98.96 12.14/21.54 94.63/94.97 16.07/27.41
+spul    1.0 1.0 1.0  95.70/96.19 14.88/25.75 93.05/93.55 17.38/29.18
+spul    1.0 1.0 0.25 99.37/99.60 26.69/42.07 95.10/95.38 39.84/56.22
+spul    1.0 1.0 0.5  97.66/98.47 18.96/31.78 93.80/94.62 23.61/37.60
+# LLaMA-2-7B yelp
+vanilla -   -   -    89.55/89.88 89.29/89.62 90.03/90.33 86.89/87.37
+qlora   -   -   -    99.31/99.31 99.49/99.49 98.42/98.41 98.76/98.76
+ga      -   -   -    66.11/63.48 67.90/64.62 65.13/62.37 67.91/64.24
+rl      -   -   -    53.00/67.75 52.84/66.78 52.75/67.40 49.94/65.01
+ga+kl   -   -   -    46.85/32.90 50.32/35.57 46.27/32.26 51.19/35.97
+ga+gd   -   -   -    99.23/99.42 79.69/86.98 97.76/98.00 80.90/88.19
+spul    -   -   1.0  89.74/93.43 55.03/70.48 89.63/93.29 60.23/74.69
+# LLaMA-2-7B wmdp+sciq
+vanilla -   -   -    47.75/46.85 26.78/17.46 46.20/46.11 23.59/14.86
+qlora   -   -   -    99.74/99.74 98.11/98.11 91.80/91.80 62.73/62.83
+ga      -   -   -    99.35/99.35 86.89/87.44 90.70/90.71 57.64/58.66
+rl      -   -   -    99.32/99.32 84.11/89.57 90.40/90.40 53.35/59.54
+ga+kl   -   -   -    98.84/98.85 67.44/68.91 90.20/90.24 49.33/50.26
+ga+gd   -   -   -    99.42/99.42 27.22/13.38 90.00/90.02  22.25/8.84
+spul    -   -   1.0  99.38/99.45  5.44/10.20 89.70/89.75   3.22/6.07
+# OPT-1.3B sst2
+vanilla -   -   -      3.05/5.68   1.68/3.20   3.24/6.03   3.28/6.08
+qlora   -   -   -    99.47/99.47 99.16/99.16 95.39/95.39 95.25/95.25
+ga      -   -   -    79.50/78.01 70.67/67.02 78.70/77.05 71.97/67.99
+rl      -   -   -    55.66/39.80 53.96/37.83 55.96/40.16 56.89/41.25
+ga+kl   -   -   -    81.30/80.15 60.49/50.94 79.08/77.60 64.75/56.74
+ga+gd   -   -   -    87.56/87.59 50.53/49.07 86.47/86.50 55.25/54.59
+spul    1.0 1.0 1.0  94.87/96.89 16.84/28.74 91.65/93.51 17.87/29.84
+# LLaMA-2-13B sst2
+vanilla -   -   -    61.04/70.96 59.65/69.51 60.32/70.38 59.18/68.79
+qlora   -   -   -    99.48/99.48 99.30/99.30 96.02/96.02 95.90/95.90
+spul    1.0 1.0 1.0  98.87/98.93  5.97/11.25 95.50/95.60  7.38/13.54
 """
 
 
@@ -171,87 +173,81 @@ def paper_cells(row):
 
     The toy is compared with SST-2. Of SPUL's cells: ours if it is there, else the headline row.
     """
-    name = row["model"].lower()
+    name, found = row["model"].lower(), []
     model = "OPT-1.3B" if "opt-" in name else "LLaMA-2-13B" if "13b" in name else "LLaMA-2-7B"
-    wanted = [model, "sst2" if row["dataset"] == "toy" else row["dataset"], system_name(row)]
     ours = [str(row[key]) for key in ("alpha", "beta", "forget_fraction")]
-    found = []
     for line in PAPER.splitlines():
         cells = line.split()
-        if cells[:3] == wanted and (not found or cells[3:6] == ours):
-            found = cells
-    return [f"*paper,* {model}", *found[6:]] if found else []
+        if line.startswith("#"):
+            is_comparable = cells[1:] == [model, row["dataset"].replace("toy", "sst2")]
+        elif is_comparable and cells[0] == system_name(row) and (not found or cells[1:4] == ours):
+            found = [f"*paper,* {model}", *cells[4:]]
+    return found
 
 
 def flatten(row):
-    """Return the settings of a row and of its base model's training as {name: text}."""
-    settings = {field.name: row.get(field.name) for field in fields(Record)}
+    """Return the settings of a row and of its base's training, except seeds, as {name: text}."""
+    settings = asdict(read_record(row).at_seed(0))
     base = settings.pop("base_training") or {}
-    settings |= {f"base {key}": value for key, value in base.items() if key != "base_training"}
+    settings |= {f"base {key}": base.get(key) for key in settings}
     return {key: "" if value is None else str(value) for key, value in settings.items()}
 
 
-def group_rows(rows, keys):
-    """Return {(system, value of each key): rows of its seeds}, in the order of the first rows."""
-    groups = defaultdict(list)
-    for row in rows:
-        settings = flatten(row)
-        groups[(system_name(row), *[settings.get(key, "") for key in keys])].append(row)
-    return groups
-
-
 def differing(rows):
-    """Return the settings, except seeds, in which two rows of the same system differ."""
-    keys, n_systems = {}, len(group_rows(rows, []))
+    """Return the settings in which rows of one system differ, without the base's where both do."""
+    values, found = defaultdict(set), []
     for row in rows:
-        keys |= dict.fromkeys(flatten(row))
-    found = [key for key in keys if not key.endswith("seed")
-             and len(group_rows(rows, [key])) > n_systems]
-    return [key for key in found if key.removeprefix("base ") == key or key[5:] not in found]
+        for key, value in flatten(row).items():
+            values[key].add((system_name(row), value))
+    n_systems = len(values["method"])  # each system has one
+    for key in values:
+        if len(values[key]) > n_systems and key.removeprefix("base ") not in found:
+            found.append(key)
+    return found
 
 
 def mean_std(values):
-    """Return "96.1 ± 0.4", mean and std over seeds, or "96.1" for one seed; "" without values."""
+    """Return "96.1 ± 0.4", mean and std over seeds, "96.1" for one seed, or "" without values."""
     values = [value for value in values if value is not None]
-    if not values:
-        return ""
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{spread}"
+    if len(values) < 2:
+        return f"{values[0]:.1f}" if values else ""
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
 def table(rows, f1=False):
-    """Return rows of results.json as a Markdown table, the paper's row once below ours.
+    """Return rows of results.json as a Markdown table: mean and std over each system's seeds.
 
-    A line has the mean accuracy (with f1: and F1) and std over seeds of a system and of the
-    settings that differ. Below the table: trained parameters, seconds per epoch, directories.
+    Below ours is the paper's row, once; below the table: parameters, seconds, directories.
     """
-    keys, shown, names = differing(rows), [], []
-    title = "accuracy / F1 (%)" if f1 else "accuracy (%)"
-    lines = [[title, *keys, *[split.replace("_", " ") for split in data.SPLITS]]]
-    for (system, *values), group in group_rows(rows, keys).items():
-        line = [system, *values]
-        for split in data.SPLITS:
-            cells = [mean_std([row[split][key] for row in group]) for key in ("acc", "f1")]
-            line.append(" / ".join(filter(None, cells)) if f1 else cells[0])
-        lines.append(line)
+    keys, groups, notes = differing(rows), defaultdict(list), ""
+    shown = ("acc", "f1") if f1 else ("acc",)
+    for row in rows:
+        groups[row["name"].rpartition("-s")[0]].append(row)
+    lines = [["accuracy / F1 (%)" if f1 else "accuracy (%)", *keys,
+              *[split.replace("_", " ") for split in data.SPLITS]]]
+    for name, group in groups.items():
+        row, settings = group[0], flatten(group[0])
+        line = [system_name(row), *[settings[key] for key in keys]]
         seconds = mean_std([row["seconds_per_epoch"] for row in group])
-        names.append(f"{' '.join(line[:1 + len(keys)])}: {group[0]['trainable_params']:,} trained "
-                     f"parameters, {seconds} s per epoch: {group[0]['name']} "
-                     + " ".join(f"s{row['seed']}" for row in group[1:]))
-        paper = paper_cells(group[0])
-        if paper and paper not in shown:
-            shown.append(paper)
-            cells = [cell if f1 else cell.partition("/")[0] for cell in paper[1:]]
-            lines.append([paper[0], *[""] * len(keys), *cells])
-    return f"{render(lines)}\n\n" + "\n".join(names)
+        seeds = " ".join(f"s{row['seed']}" for row in group)
+        notes += (f"\n{' '.join(line)}: {row['trainable_params']:,} trained parameters, "
+                  f"{seconds} s per epoch: {name}-{seeds}")
+        for split in data.SPLITS:
+            cells = [mean_std([row[split][metric] for row in group]) for metric in shown]
+            line.append(" / ".join(filter(None, cells)))  # F1 may be None
+        lines.append(line)
+        paper = [cell if f1 else cell.partition("/")[0] for cell in paper_cells(row)]
+        line = [*paper[:1], *[""] * len(keys), *paper[1:]]
+        if paper and line not in lines:
+            lines.append(line)
+    return f"{render(lines)}\n{notes}"
 
 
 def render(lines):
     """Return a table, a list of lines of strings with the header first, as aligned Markdown."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = ["-" * width for width in widths]
     text = []
-    for line in [lines[0], rule, *lines[1:]]:
+    for line in [lines[0], ["-" * width for width in widths], *lines[1:]]:
         cells = [cell.ljust(width) for cell, width in zip(line, widths)]
         text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
@@ -267,10 +263,11 @@ MARKERS = "o^sDvP*X"
 def figure(path):
     """Yield two axes side by side; then write them with one legend below both, as .png."""
     from matplotlib.figure import Figure
+    if not path.endswith(".png"):
+        raise InputError(f"{path}: figures are written as .png; expected such a file name")
     fig = Figure(figsize=(9, 3.8), layout="constrained")
     yield fig.subplots(1, 2)
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4,
-               frameon=False)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     with atomic_write(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
     print(f"wrote {path}")
@@ -279,44 +276,47 @@ def figure(path):
 def plot_against(rows, key, path):
     """Draw Fig. 2: SPUL's mean ACC and F1 on the four splits against p, alpha, beta or tau."""
     rows = [row for row in rows if system_name(row) == "spul"]
-    if differing(rows) != [key]:
-        raise InputError(f"the spul rows differ in {', '.join(differing(rows)) or 'nothing'}; "
-                         f"expected only {key}: give unlearn.py's --{key.replace('_', '-')} "
-                         "several values")
-    groups = sorted(group_rows(rows, [key]).values(), key=lambda group: group[0][key])
+    found = differing(rows)
+    if found != [key]:
+        raise InputError(f"the spul rows differ in {', '.join(found) or 'nothing'}; expected only "
+                         f"{key}: give unlearn.py's --{key.replace('_', '-')} several values")
+    x = sorted({row[key] for row in rows})
     with figure(path) as axes:
         for ax, metric in zip(axes, ("acc", "f1")):
             for split in data.SPLITS:
                 when, part = split.split("_")
-                x = [group[0][key] for group in groups]
-                y = [mean(row[split][metric] for row in group) for group in groups]
+                y = []
+                for value in x:
+                    y.append(mean(row[split][metric] for row in rows if row[key] == value))
                 style = "o-" if when == "train" else "x--"  # both are visible where they coincide
                 ax.plot(x, y, style, color=COLOURS[part], label=f"{when} {part}")
             ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
 
 
 def plot_tsne(system, path):
-    """Draw Fig. 1: t-SNE of the last layer's state at the answer, of the base and of SPUL.
+    """Draw Fig. 1: t-SNE of the state at the answer, of the base and of SPUL.
 
     It shows up to 500 forget and 500 retain queries of the train set.
     """
     from sklearn.manifold import TSNE
-    queries = system.data.queries["train_forget"][:500] + system.data.queries["train_retain"][:500]
+    queries, kinds = [], defaultdict(list)  # the indices of each part's and answer's queries
+    for part in ("forget", "retain"):
+        for query in system.data.queries[f"train_{part}"][:500]:
+            kinds[part, words(system, query.answer)].append(len(queries))
+            queries.append(query)
     if len(queries) < 5:
         raise InputError(f"{len(queries)} train examples; expected at least 5 for t-SNE")
-    kinds = defaultdict(list)  # the queries of each part and label
-    for i, query in enumerate(queries):
-        kinds["forget" if query.is_forget else "retain", words(system, query.answer)].append(i)
-    labels = sorted({label for _, label in kinds})
+    tsne = TSNE(random_state=0, perplexity=min(30, len(queries) // 4))
+    answers = sorted({answer for _, answer in kinds})
     with figure(path) as axes:
         for ax, title, phi in zip(axes, ("base", "SPUL"), (None, system.phi)):
             states = answer_states(system.model, queries, phi, title)
             first = torch.stack([rows[0] for rows in states]).float().numpy()     # (n,D)
-            tsne = TSNE(2, init="pca", random_state=0, perplexity=min(30, len(queries) // 4))
             xy = tsne.fit_transform(first)                                        # (n,2)
-            for (part, label), index in sorted(kinds.items()):
-                ax.scatter(*xy[index].T, s=14, marker=MARKERS[labels.index(label) % len(MARKERS)],
-                           color=COLOURS[part], alpha=0.65, linewidths=0, label=f"{part}, {label}")
+            for (part, answer), index in sorted(kinds.items()):
+                marker = MARKERS[answers.index(answer) % len(MARKERS)]
+                ax.scatter(*xy[index].T, s=14, marker=marker, color=COLOURS[part], alpha=0.65,
+                           label=f"{part}, {answer}")
             ax.set(title=title, xticks=[], yticks=[])
 
 
@@ -332,16 +332,18 @@ def ask(system, text):
     ids = data.encode_query(tokenizer, task, text, system.record.max_len)
     longest = max(len(query.answer) for query in system.data.queries["train_retain"])
     print(f"{data.query_string(task, text)}\n")
-    for title, phi in {"without phi": None, "with phi": system.phi}.items():
-        answer, shown = (), []
+    for title, phi in (("without phi", None), ("with phi", system.phi)):
+        answer, line = (), f"{title:12}"
         while len(answer) < longest and tokenizer.eos not in answer:
             tokens = torch.tensor([ids + answer], device=system.device)           # (1,T)
             probs, top = system.model(tokens, None, phi)[0, -1].float().softmax(-1).topk(5)
-            shown = shown or [f"{words(system, [token])} {100 * p:.1f} %"
-                              for p, token in zip(probs, top.tolist())]
+            if not answer:
+                for p, token in zip(probs, top):
+                    line += f"{words(system, [int(token)])} {100 * p:.1f} %   "
             answer += (int(top[0]),)
-        whole = f"   ->  {words(system, answer)}" if longest > 1 else ""
-        print(f"{title:12}{'   '.join(shown)}{whole}")
+        if longest > 1:
+            line += f"->  {words(system, answer)}"
+        print(line.rstrip())
 
 
 def explain(system):
@@ -360,8 +362,9 @@ def explain(system):
         base_logprobs = model(batch.tokens, batch.answers).float().log_softmax(-1)
         logits = model(batch.tokens, batch.answers, system.phi)
         _, parts = spul_loss(logits, base_logprobs, batch.y, batch.w_forget, batch.w_retain, 1, 1)
-        for name in ("L_f",) if query.is_forget else ("L_r", "L_kl"):
-            print(f"{name} = {parts[name].item():.4f}")
+        for name, loss in parts.items():
+            if loss != 0:  # a part without examples is 0
+                print(f"{name} = {loss:.4f}")
 
 
 def words(system, tokens):
@@ -372,87 +375,94 @@ def words(system, tokens):
 
 # ---- support: the audit, is it really forgotten? -----------------------------------------------
 #
-# A low accuracy on the forget set is not forgetting. The audit compares SPUL with `retrain`, a
-# model that never saw the forget set, and with phi trained on that model, where there is nothing
-# to forget; with gradient ascent; and with a filter that looks for the names. Then it attacks phi.
-
-MAX_AUDIT = 1000    # queries per set
-COLUMNS = ("forget", "asked", "misspelt", "retain", "others")
-
+# A low accuracy on the forget set is not forgetting. The audit compares SPUL with `retrain`,
+# which never saw the forget set; with phi trained on `retrain`, where there is nothing to forget;
+# with gradient ascent; and with a filter that looks for the names. Then it attacks phi.
 
 def audit(run, rows, args):
     """Audit the phi of each of these rows; print the mean over them, write audit.json."""
     found = {row["name"]: audit_row(run, row, args) for row in rows}
-    if is_rank_zero():
-        write_json(Path(run) / "audit.json", found)
-    lines = [["answered / refused (%)", *COLUMNS]]
-    for name in next(iter(found.values())):
+    write_json(run / "audit.json", found)
+    lines = []
+    for name, sets in found[rows[0]["name"]].items():
         line = [name]
-        for column in COLUMNS:
-            pairs = zip(*[numbers[name][column] for numbers in found.values()])
-            line.append(" / ".join(mean_std(pair).partition(" ")[0] for pair in pairs))
+        for title in sets:
+            answered, refused = zip(*[numbers[name][title] for numbers in found.values()])
+            line.append(f"{mean(answered):.1f} / {mean(refused):.1f}")
         lines.append(line)
+    lines.insert(0, ["answered / refused (%)", *sets])
     print(f"\n{render(lines)}\n\nmean of {', '.join(found)}")
 
 
 def audit_row(run, row, args):
-    """Return {system: {column: [answered, refused]}} for one phi; one model at a time is loaded."""
+    """Return {system: {set: [answered, refused]}} for one phi; one model at a time is loaded."""
     record, rows, numbers = read_record(row), read_rows([run]), {}
-    retrain = replace(record.base_training, base="retain")
+    base = record.base_training
+    retrain = replace(base, base="retain")
     control = replace(record, base="retain", base_training=retrain)
-    ascent = [other for other in rows if other["method"] == "ga+gd"
-              and read_record(other).base_training == record.base_training]
-    for name, of_row, how in [
-            ("base", find_row(rows, record.base_training), {}), (row["method"], row, {}),
-            ("name filter", find_row(rows, record.base_training), {"is_filter": True}),
-            ("retrain", find_row(rows, retrain), {}),
-            (f"{row['method']} on retrain", find_row(rows, control), {}),
-            ("ga+gd", ascent[0] if ascent else None, {}),
-            ("unquantised weights", row, {"weights": "fp32"}), ("relearning", row, {"steps": 20})]:
-        if of_row:
-            numbers[name] = measure(run, of_row, args, name, **how)
-        else:
+    systems = {"base": base, record.method: record, "name filter": base, "retrain": retrain,
+               f"{record.method} on retrain": control, "ga+gd": None,
+               "unquantised weights": record, "relearning": record}
+    for other in map(read_record, rows):
+        if other.method == "ga+gd" and other.base_training == base:
+            systems["ga+gd"] = other
+    for name, wanted in systems.items():
+        of_row = find_row(rows, wanted)
+        if of_row is None:
             print(f"{run} has no row for {name!r}: give unlearn.py --base full retain, or --method "
                   "ga+gd, with the same settings")
+            continue
+        numbers[name] = measure(run, of_row, args, name)
     return numbers
 
 
-def measure(run, row, args, name, is_filter=False, weights=None, steps=0):
-    """Return {column: [answered, refused]} of one system, in percent.
+def measure(run, row, args, name):
+    """Return {set: [answered, refused]} of one system, in percent.
 
-    is_filter: without any training, refuse each text that has a surname of a forgotten person.
+    The "name filter" refuses each text that has a forgotten surname, without any training.
     """
-    system = load_system(run, row, args, weights, trainable=steps > 0)
-    relearn(system, steps)
-    queries, task, numbers = system.data.queries, system.data.task, {}
-    forget, retain = [queries[f"test_{part}"][:MAX_AUDIT] for part in ("forget", "retain")]
+    if name == "unquantised weights":
+        row = row | {"weights": "fp32"}
+    system = load_system(run, row, args, trainable=name == "relearning")
+    if name == "relearning":
+        relearn(system)
+    forget, numbers = system.data.queries["test_forget"], {}
     surnames = {query.group.split()[-1] for query in forget if query.group}
-    order = f"Answer with {' or '.join(task.labels)}.\n\n### Question"
-    asked = task._replace(template=task.template.replace("### Question", order, 1))
-    others = [query for query in retain if data.names_somebody(query.text)]
-    sets = (forget, reword(system, forget, asked), reword(system, forget, task, misspell), retain,
-            others)
-    for column, queries in zip(COLUMNS, sets):
-        pred = predict(system.model, queries, system.phi, f"{name}: {column}")
-        answered = [tokens == query.answer for tokens, query in zip(pred, queries)]
-        refused = refuses(system.model, queries, system.data.generic, system.phi, f"{name}: refused")
-        if is_filter:
+    for title, queries in audit_sets(system).items():
+        pred = predict(system.model, queries, system.phi, f"{name}: {title}")
+        refused = refuses(system.model, queries, system.data.generic, system.phi,
+                          f"{name}: {title}, refused")
+        if name == "name filter":
             refused = [not surnames.isdisjoint(query.text.lower().split()) for query in queries]
-            answered = [right and not found for right, found in zip(answered, refused)]
-        numbers[column] = [100 * sum(part) / max(1, len(part)) for part in (answered, refused)]
+            pred = [() if found else tokens for found, tokens in zip(refused, pred)]
+        n_right = sum(tokens == query.answer for tokens, query in zip(pred, queries))
+        n = max(1, len(queries))
+        numbers[title] = [100 * n_right / n, 100 * sum(refused) / n]
     return numbers
 
 
-def reword(system, queries, task, change=None):
-    """Return the queries in another task's words, with `change` of each word of their group."""
-    result = []
-    for query in queries:
+def audit_sets(system):
+    """Return {title: test queries}: as they are, with an order to answer, with misspelt names."""
+    queries, task = system.data.queries, system.data.task
+    forget, retain = queries["test_forget"][:1000], queries["test_retain"][:1000]
+    order = f"Answer with {' or '.join(task.labels)}.\n\n### Question"
+    with_order = task._replace(template=task.template.replace("### Question", order, 1))
+    asked, misspelt = [], []
+    for query in forget:
+        asked.append(reword(system, query, with_order, query.text))
         text = query.text
-        for name in query.group.split() if change else []:
-            text = re.sub(rf"\b{re.escape(name)}\b", change(name), text)
-        ids = data.encode_query(system.data.tokenizer, task, text, system.record.max_len)
-        result.append(query._replace(ids=ids, text=text))
-    return result
+        for name in query.group.split():
+            text = re.sub(rf"\b{re.escape(name)}\b", misspell(name), text)
+        misspelt.append(reword(system, query, task, text))
+    others = [query for query in retain if data.names_somebody(query.text)]
+    return {"forget": forget, "asked": asked, "misspelt": misspelt, "retain": retain,
+            "others": others}
+
+
+def reword(system, query, task, text):
+    """Return the query with another task's template and another text."""
+    ids = data.encode_query(system.data.tokenizer, task, text, system.record.max_len)
+    return query._replace(ids=ids, text=text)
 
 
 def misspell(name):
@@ -461,20 +471,17 @@ def misspell(name):
     return wrong if wrong != name else name + name[-1]
 
 
-def relearn(system, steps):
+def relearn(system, steps=20):
     """Tune the base's adapter for some steps on the true answers of 16 forget examples."""
-    if steps == 0:
-        return
-    params = [w for w in system.model.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW(params, system.record.base_training.lr)
+    optimizer = torch.optim.AdamW(system.model.parameters(), system.record.base_training.lr)
     queries = system.data.queries["train_forget"][:16]
-    batch = data.collate(queries, range(len(queries)), range(len(queries)), system.device)
+    index = range(len(queries))
+    batch = data.collate(queries, index, index, system.device)
     for _ in range(steps):
         logits = system.model(batch.tokens, batch.answers, system.phi)
         (cross_entropy(logits, batch.y) * batch.w_forget).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    system.model.requires_grad_(False)
 
 
 # ---- support: records, rows and run directories ------------------------------------------------
@@ -537,11 +544,11 @@ class Record:
 
 def read_record(row):
     """Return the Record of a row of results.json."""
-    values = {field.name: row[field.name] for field in fields(Record) if field.name in row}
-    for key, value in values.items():
-        if isinstance(value, list):
-            values[key] = tuple(value)
-    if values.get("base_training"):
+    values = {}
+    for field in fields(Record):
+        value = row.get(field.name, field.default)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    if values["base_training"]:
         values["base_training"] = read_record(values["base_training"])
     return Record(**values)
 
@@ -567,14 +574,12 @@ def find_row(rows, record):
     return None
 
 
-def choose_row(run, name=None, trains=None):
-    """Return the row whose name starts with `name`, or the newest one on a base that knows all.
-
-    trains: only rows that train "prompt", "adapter" or "weights".
-    """
-    rows = [row for row in read_rows([run]) if row["trains"] and trains in (None, row["trains"])
-            and (name or row["base"] != "retain")]
-    found = [row for row in rows if row["name"].startswith(name or "")]
+def choose_row(run, name, needs_phi=True):
+    """Return the row whose name starts with `name`; for "" the newest phi on a `full` base."""
+    rows = [row for row in read_rows([run]) if row["trains"]]
+    found = [row for row in rows if row["name"] == name]
+    found = found or [row for row in rows if row["name"].startswith(name)
+                      and (name or row["base"] == "full")]
     if not found or (name and len(found) > 1):
         names = " ".join(row["name"] for row in rows) or "none: run unlearn.py first"
         raise InputError(f"{run}: {len(found)} rows for --row {name}; expected one of {names}")
@@ -584,9 +589,8 @@ def choose_row(run, name=None, trains=None):
 class Run:
     """A run directory: args.json, log.csv, results.json, and a directory for each finished row.
 
-    A row's directory has row.json, its log.csv and its files. It is written as NAME.part and then
-    renamed, and results.json and log.csv are rebuilt from the finished ones: several processes may
-    share a run.
+    A row is written in NAME.part, which is renamed at the end; results.json and log.csv are rebuilt
+    from the finished rows: several processes may share a run.
     """
 
     def __init__(self, dir, args):
@@ -594,6 +598,7 @@ class Run:
         if is_rank_zero():
             write_json(self.dir / "args.json", vars(args))
             self.rebuild()
+        gather_objects(None)  # the other processes wait for these files
         self.rows = read_rows([self.dir])
 
     def part(self, record):
@@ -614,18 +619,18 @@ class Run:
                 shutil.rmtree(done, ignore_errors=True)
                 part.rename(done)
             self.rebuild()
+        gather_objects(None)
         self.rows.append(row)
         return row
 
     def rebuild(self):
         """Write results.json and log.csv from the finished rows' directories."""
-        paths = None
+        paths, lines = None, []
         while paths != sorted(self.dir.glob("*-s*[0-9]/row.json")):  # again if a row has come
             paths = sorted(self.dir.glob("*-s*[0-9]/row.json"))
-            rows = [read_json(path, "a row of unlearn.py", ["name", "finished"]) for path in paths]
+            rows = [read_json(path, "a row of unlearn.py") for path in paths]
             rows.sort(key=lambda row: row["finished"])
             write_json(self.dir / "results.json", {"args": vars(self.args), "rows": rows})
-        lines = []
         for path in self.dir.glob("*-s*[0-9]/log.csv"):
             with open(path, newline="", encoding="utf-8") as file:
                 lines += csv.DictReader(file)
@@ -634,7 +639,9 @@ class Run:
 
 def write_log(path, lines):
     """Write dicts as a log.csv that has all of their columns."""
-    columns = dict.fromkeys(column for line in lines for column in line)
+    columns = {}
+    for line in lines:
+        columns |= line
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns)
         writer.writeheader()
@@ -643,8 +650,8 @@ def write_log(path, lines):
 
 def hash_method():
     """Return a hash of the code that decides a result: the method's half of each file."""
-    names = ("model", "soft_prompt", "baselines", "lora", "data", "unlearn")
-    return hash_code(*[method_part(name) for name in names])
+    return hash_code(*[method_part(name) for name in (
+        "model", "soft_prompt", "baselines", "lora", "data", "unlearn")])
 
 
 def describe_reuse(row):
@@ -683,15 +690,14 @@ class Progress:
         self.start = self.printed = time.perf_counter()
 
     def update(self, done, text=""):
-        """Print a line if it is time for one. Returns whether it did."""
+        """Print a line if it is time for one, or at the end if it has a text. Returns whether."""
         now = time.perf_counter()
-        is_due = now - self.printed >= 10 or (done == self.total and text != "")
-        if self.what and is_due:
-            rate = (now - self.start) / max(1, done - self.first)  # seconds per step or query
-            minutes = rate * (self.total - done) / 60
-            print(f"{self.what}  {done}/{self.total}  {text}  {minutes:.1f} min left", flush=True)
-            self.printed = now
-        return is_due
+        if now - self.printed < 10 and (done < self.total or not text):
+            return False
+        seconds = (now - self.start) / max(1, done - self.first) * (self.total - done)
+        print(f"{self.what}  {done}/{self.total}  {text}  {seconds / 60:.1f} min left", flush=True)
+        self.printed = now
+        return True
 
 
 # ---- support: loading a finished row -----------------------------------------------------------
@@ -702,15 +708,15 @@ class System:
     record: Record
     data: data.Dataset
     model: torch.nn.Module
-    phi: torch.Tensor = None    # (p,D), or None
-    device: str = "cpu"
+    phi: torch.Tensor   # (p,D), or None
+    device: str
 
 
-def load_system(run, row, args, weights=None, trainable=False):
+def load_system(run, row, args, trainable=False):
     """Return the System of a finished row, on this machine.
 
-    args: --model, --data-dir and --threads, where they differ from the run's. weights: instead of
-    the record's. trainable: A and B of the base's adapter require gradients.
+    args: --model, --data-dir and --threads, where they differ from the run's.
+    trainable: A and B of the base's adapter require gradients.
     """
     run, record, device, dtype = Path(run), read_record(row), row["device"], row["dtype"]
     was = read_json(run / "args.json", "the flags of a run of unlearn.py", ["lm", "data_dir"])
@@ -724,18 +730,15 @@ def load_system(run, row, args, weights=None, trainable=False):
     if not has_device(device):
         print(f"{row['name']} was trained on {device}, which is not here: cpu, in float32")
         device, dtype = "cpu", "fp32"
-    files, adapter, phi = run / row["name"], None, None
-    if row["trains"] == "adapter":
-        adapter = files
-    elif record.base_training:
-        adapter = run / find_row(read_rows([run]), record.base_training)["name"]
     if row["trains"] == "weights":
-        model = load_model(files, "fp32", device, dtype)
+        model = load_model(run / row["name"], "fp32", device, dtype)
     else:
-        model = load_base(lm, adapter, weights or record.weights, device, dtype, row["dense"],
+        base = find_row(read_rows([run]), record.base_training or record)
+        model = load_base(lm, run / base["name"], record.weights, device, dtype, row["dense"],
                           trainable)
+    phi = None
     if row["trains"] == "prompt":
-        phi = load_prompt(files).to(device)
+        phi = load_prompt(run / row["name"]).to(device)
     return System(record, data.load_dataset(record, data_dir, lm), model, phi, device)
 
 
@@ -743,12 +746,10 @@ def load_system(run, row, args, weights=None, trainable=False):
 
 def parse(argv=None):
     """Return the flags."""
-    parser = argparse.ArgumentParser(
-        usage="python evaluate.py RUN [RUN ...] [flags]",
-        description="The paper's tables and figures. Example: python evaluate.py runs/toy --ask "
-        "'a lovely comedy'")
+    parser = argparse.ArgumentParser(description="The paper's tables and figures. Example: "
+                                     "python evaluate.py runs/toy --ask 'a lovely comedy'")
     add = parser.add_argument
-    add("runs", nargs="+", help="run directories of unlearn.py")
+    add("runs", nargs="+", type=Path, help="run directories of unlearn.py")
     add("--f1", action="store_true", help="F1 beside the accuracies")
     add("--plot", metavar="PNG", help="draw Fig. 2, SPUL over --against")
     add("--against", choices=("p", "alpha", "beta", "forget_fraction"), default="p",
@@ -757,7 +758,7 @@ def parse(argv=None):
     add("--ask", metavar="TEXT", help="answer a text without and with phi")
     add("--explain", action="store_true", help="what phi does to two examples")
     add("--audit", action="store_true", help="is it really forgotten?")
-    add("--row", metavar="NAME", help="row to take, or the start of its name (default: the newest)")
+    add("--row", default="", help="row to take, or the start of its name (default: the newest)")
     add("--model", help="the model's directory, if it has moved")
     add("--data-dir", help="the dataset's directory, if it has moved")
     add("--threads", type=within(1, kind=int), help="CPU threads (default: the run's)")
@@ -767,17 +768,15 @@ def parse(argv=None):
 def main(argv=None):
     """Print the tables, or what a flag names."""
     args = parse(argv)
-    for path in (args.plot, args.tsne):
-        if path and not path.endswith(".png"):
-            raise InputError(f"{path}: figures are written as .png; expected such a file name")
     run = args.runs[0]
     if args.audit:
-        first = choose_row(run, args.row, "prompt")
-        rows = [row for row in read_rows([run]) if args.row is None
-                and read_record(row).at_seed(0) == read_record(first).at_seed(0)]
-        audit(run, rows or [first], args)
+        rows = [choose_row(run, args.row)]
+        if not args.row:  # all seeds of the newest one
+            name = rows[0]["name"].rpartition("-s")[0]
+            rows = [row for row in read_rows([run]) if row["name"].rpartition("-s")[0] == name]
+        audit(run, rows, args)
     elif args.ask is not None or args.explain or args.tsne:
-        row = choose_row(run, args.row, None if args.row else "prompt")
+        row = choose_row(run, args.row, needs_phi=not args.row or args.ask is None)
         print(f"row: {row['name']}")
         system = load_system(run, row, args)
         if args.ask is not None:

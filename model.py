@@ -11,6 +11,7 @@ import argparse
 import ast
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -74,12 +75,27 @@ def pairs_on(device):
     return PAIRS.to(device)
 
 
+def unpack_pairs(packed, absmax, pairs, dtype, block_size):
+    """Return the values of whole blocks: two per byte, scaled in float32."""
+    values = F.embedding(packed.int(), pairs).view(-1, block_size)  # (n/64,64)
+    return (values * absmax[:, None]).view(-1).to(dtype)
+
+
+@functools.cache
+def fused_unpack_pairs():
+    """Return `unpack_pairs` as one GPU kernel, or itself where there is no compiler."""
+    if importlib.util.find_spec("triton"):
+        return torch.compile(unpack_pairs, dynamic=True)
+    print("no triton here: 4-bit weights are unpacked by several kernels, which is slower")
+    return unpack_pairs
+
+
 def dequantize_nf4(packed, absmax, shape, dtype, block_size=64):
-    """Return the weights of `shape` and `dtype` that `quantize_nf4` packed, scaled in float32."""
+    """Return the weights of `shape` and `dtype` that `quantize_nf4` packed."""
     full = F.pad(packed, (0, -len(packed) % (block_size // 2)))  # complete the last block
-    values = F.embedding(full.int(), pairs_on(packed.device))  # (n/2,2)
-    values.view(-1, block_size).mul_(absmax[:, None])
-    return values.view(-1)[:math.prod(shape)].view(shape).to(dtype)
+    unpack = fused_unpack_pairs() if packed.is_cuda else unpack_pairs
+    values = unpack(full, absmax, pairs_on(packed.device), dtype, block_size)
+    return values[:math.prod(shape)].view(shape)
 
 
 class MatMul4bit(torch.autograd.Function):
@@ -435,10 +451,14 @@ def file_name(model, name):
     return name if name == "lm_head.weight" else model.file_prefix + name
 
 
-def save_model(model, dir):
-    """Write a model without NF4 and LoRA layers (`lora.merge_lora`) as transformers reads it."""
+def save_model(model, dir, state=None):
+    """Write a model without NF4 and LoRA layers (`lora.merge_lora`) as transformers reads it.
+
+    state: {name: tensor} in place of the model's own, where it is spread over processes.
+    """
+    state = state or model.state_dict()
     # a tied head is listed once, as the embedding
-    tensors = {file_name(model, name): w for name, w in model.named_parameters()}
+    tensors = {file_name(model, name): state[name] for name, _ in model.named_parameters()}
     write_tensors(Path(dir) / "model.safetensors", tensors)
     write_json(Path(dir) / "config.json", vars(model.config) | {
         "ffn_dim": model.config.intermediate_size})  # OPT's name for it

@@ -81,7 +81,7 @@ def test_an_answer_of_several_tokens_has_its_whole_probability_in_the_loss():
     assert batch.answers.tolist() == [1, 4, 5, 11]
     assert batch.y.tolist() == [yes, no, covered, no]
     assert batch.w_forget.tolist() == [0, 1, 1, 0] and batch.w_retain.tolist() == [0.5, 0, 0, 0.5]
-    part = data.collate(queries, [1, 2], [0, 1, 2], "cpu")  # the weights are the step's
+    part = data.collate(queries, [1, 2], [0, 1, 2], "cpu")  # its weights are the step's
     assert part.w_forget.tolist() == [1, 1, 0] and part.w_retain.tolist() == [0, 0, 0.5]
     batch = data.collate(queries[:2], [0, 1], [0, 1], "cpu")
     assert (batch.tokens.tolist(), batch.answers.tolist()) == ([[a, b], [c, no]], [1, 2, 3])
@@ -192,15 +192,15 @@ def test_an_answer_is_right_if_the_argmax_is_right_at_each_of_its_rows(kind):
             tokens = torch.tensor([text + decoded])
             decoded += (ours(tokens, None, phi)[0, -1].argmax().item(),)
         queries.append(Query(text, decoded, False))
-    assert evaluate.predict(ours, queries, phi) == [query.answer for query in queries]
-    assert evaluate.score(evaluate.predict(ours, queries, phi), queries) == {
-        "n": 3, "acc": 100.0, "f1": None}
-    two = [*queries[1].answer[:1], (queries[1].answer[1] + 1) % 96]
-    wrong = [*queries[:1], queries[1]._replace(answer=tuple(two)), *queries[2:]]
+    pred = evaluate.predict(ours, queries, phi)
+    assert pred == [query.answer for query in queries]
+    assert evaluate.score(pred, queries) == {"n": 3, "acc": 100.0, "f1": None}
+    one, two, three = pred
+    other = (two[0], (two[1] + 1) % 96)  # right at its first row only
+    wrong = [queries[0], queries[1]._replace(answer=other), queries[2]]
     assert evaluate.score(evaluate.predict(ours, wrong, phi), wrong)["acc"] == 66.67
-    assert evaluate.refuses(ours, queries, [queries[1].answer], phi) == [False, True, False]
-    generic = [queries[0].answer, tuple(two), queries[2].answer]
-    assert evaluate.refuses(ours, queries, generic, phi) == [True, False, True]
+    assert evaluate.refuses(ours, queries, [two], phi) == [False, True, False]
+    assert evaluate.refuses(ours, queries, [one, other, three], phi) == [True, False, True]
     for query, states in zip(queries, evaluate.answer_states(ours, queries, phi)):
         assert states.shape == (len(query.answer), 64)
         assert ours.lm_head(states).argmax(-1).tolist() == list(query.answer)
@@ -233,32 +233,27 @@ def test_base_logprobs_are_those_of_the_right_rows(monkeypatch):
     found = unlearn.gather_base_logprobs(make_base("npo", ours, queries), index)
     assert_close(found, expected)
 
-def test_phi_starts_at_the_given_embeddings_and_is_learned_directly_or_through_the_encoder():
+def test_phi_starts_at_init_and_is_learned_directly_or_through_the_encoder():
     init, gradient = random_phi(), torch.randn(P, 64)
-    torch.manual_seed(0)
-    assert torch.equal(soft_prompt.PromptEncoder(P, 64, 16, init)(), init)
-    assert soft_prompt.PromptEncoder(P, 64, 16)().abs().max() > 0.01
     direct = soft_prompt.DirectPrompt(init, 0.25)
-    phi = direct()
-    assert torch.equal(phi, init)
-    phi.backward(gradient)
+    direct().backward(gradient)
+    assert torch.equal(direct(), init)
     assert torch.equal(direct.free.grad, 0.25 * gradient)  # unit times phi's gradient
-    assert [w.numel() for w in direct.parameters()] == [P * 64]
     direct.free.data += 1
     assert_close(direct(), init + 0.25, atol=1e-6)
+    assert torch.equal(soft_prompt.PromptEncoder(P, 64, 16, init)(), init)
+    assert soft_prompt.PromptEncoder(P, 64, 16)().abs().max() > 0.01
     ours, queries = random_model("llama"), [Query((5, 6), (1,), False), Query((6, 7), (1,), True)]
     weight = ours.embed_tokens.weight
-    for encoder in ("none", "mlp"):
+    for encoder, init in (("none", "none"), ("none", "forget"), ("mlp", "forget")):
         record = evaluate.Record("spul", "lm", "sst2", 0, p=3, encoder=encoder, hidden=16,
-                                 init="forget")
+                                 init=init)
         found = unlearn.make_encoder(record, ours, queries)
-        assert torch.equal(found(), weight[[7, 6, 7]])  # typical tokens first
-    assert found.mlp_head[0].out_features == 16
-    assert unlearn.make_encoder(record, ours, queries).init.dtype == torch.float32
-    record = evaluate.Record("spul", "lm", "sst2", 0, p=3, encoder="none", init="none")
-    direct = unlearn.make_encoder(record, ours, queries)
-    assert direct.unit == pytest.approx(weight.std().item())
-    assert all((weight == row).all(1).any() for row in direct())  # words, drawn at random
+        if init == "forget":
+            assert torch.equal(found(), weight[[7, 6, 7]])  # the forget set's typical tokens
+        else:
+            assert all((weight == row).all(1).any() for row in found())  # words, drawn at random
+            assert found.unit == pytest.approx(weight.std().item())
 
 
 # ---- 2. the paper's settings -------------------------------------------------------------------
@@ -380,7 +375,7 @@ def make_row(method="spul", seed=0, acc=90.0, **changes):
     row = {"name": record.name, **asdict(record), "code": "", "trains": "prompt",
            "trainable_params": 10, "seconds_per_epoch": 2.0, "finished": 0.0}
     row |= dict.fromkeys(("device", "dtype", "dense", "checkpointing", "accumulate", "threads",
-                          "processes", "machine"))
+                          "processes", "peak_memory_gb", "machine"))
     return row | {split: {"n": 8, "acc": acc, "f1": acc} for split in data.SPLITS} | changes
 
 def table_cells(text):
@@ -718,14 +713,15 @@ def test_a_spul_step_unpacks_each_4bit_weight_twice_and_keeps_no_copy_of_it(
     per_row = 8 * D + (1 if kind == "opt" else 3) * width
     attention = H * (B * T * (P + T) + P * P)
     assert activations / 4 <= 2 * ((P + B * T) * per_row + attention)  # float32, two layers
+    told, _ = model.activation_bytes(ours.config, B, T, P, 4, is_frozen=True)
+    assert told == pytest.approx(activations, rel=0.1)
 
 def test_scales_of_4bit_weights_stay_float32_whatever_the_model_is_cast_to(tmp_path):
     ours = random_model("llama", "nf4", tmp_path)
     layer = ours.layers[0].self_attn.q_proj
-    before, w = layer.absmax.clone(), layer.dequantize(torch.float32)
-    ours.to(torch.bfloat16)
-    assert ours.lm_head.weight.dtype == torch.bfloat16 and layer.absmax.dtype == torch.float32
-    assert torch.equal(layer.absmax, before) and torch.equal(layer.dequantize(torch.float32), w)
+    before = layer.absmax.clone()
+    assert ours.to(torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+    assert layer.absmax.dtype == torch.float32 and torch.equal(layer.absmax, before)
 
 def odd_texts(n):
     """Return n texts with all kinds of characters, and a few that tokenizers stumble over."""
@@ -1001,3 +997,691 @@ def test_the_data_command_prints_table_1_and_leakage_and_saves_the_splits(tmp_pa
     assert "1 of 2 test texts are also in the train sets" in capsys.readouterr().out
 
 
+# ---- 6. whole runs on a micro model ------------------------------------------------------------
+
+MICRO = ("--model lm --dataset toy --preset toy --device cpu --dtype fp32 --threads 1 --p 4 "
+         "--max-train 120 --max-test 40 --batch 16 --forget-per-batch 4 --epochs 2 --lr 0.05 "
+         "--rank 8 --lora-dropout 0 --qlora-epochs 8 --qlora-lr 0.006").split()
+
+@pytest.fixture(scope="module")
+def micro_template(tmp_path_factory):
+    """A directory with a micro LM of random weights (lm) and a finished run of it (run)."""
+    dir = tmp_path_factory.mktemp("micro")
+    data.train_tokenizer(dir / "lm" / "tokenizer.model")
+    torch.manual_seed(0)
+    size = data.load_tokenizer(dir / "lm").size
+    net = model.build(model.Config("llama", size, 32, 80, 2, 2, 2, 16, 256, 1e-5))
+    for name, w in net.named_parameters():
+        if w.dim() > 1:
+            nn.init.normal_(w, 0, 0.18 if name.startswith(("embed", "lm_head")) else 0.1)
+    model.save_model(net, dir / "lm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(dir)
+        train("run", "--base", "full", "retain", "--method", "spul", "ga")
+    return dir
+
+@pytest.fixture
+def micro(micro_template, tmp_path, monkeypatch):
+    """A copy of that directory to work in, and to spoil."""
+    shutil.copytree(micro_template, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def train(out, *flags):
+    """Run unlearn.py on the micro model; return the rows by name, without times."""
+    unlearn.main([*MICRO, "--out", out, *flags])
+    return results(out)
+
+def results(run):
+    timed = dict.fromkeys(("seconds_per_epoch", "peak_memory_gb", "finished"))
+    return {row["name"]: row | timed for row in read_rows(run)}
+
+def files_of(run, *which):
+    return Path(run, row_of(run, *which)["name"])
+
+def drop_row(run, *which):
+    """Remove a method's row from a run, as if it was never trained. Returns its name."""
+    files = files_of(run, *which)
+    shutil.rmtree(files)
+    return files.name
+
+def phi_of(run):
+    return soft_prompt.load_prompt(files_of(run))
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+def test_a_run_leaves_rows_in_the_agreed_form_a_log_and_loadable_files(micro):
+    rows = read_rows("run")
+    assert [evaluate.system_name(row) for row in rows] == [
+        "vanilla", "qlora", "spul", "ga", "retrain", "spul on retrain"]
+    assert not list(Path("run").rglob("*.part")) and not list(Path("run").rglob("state.pt"))
+    n_lines = 0
+    for row in rows:
+        assert row.keys() == make_row().keys()
+        assert json.loads(Path("run", row["name"], "row.json").read_text()) == row
+        for split in data.SPLITS:
+            assert row[split].keys() == {"n", "acc", "f1"} and 0 <= row[split]["acc"] <= 100
+        if row["trains"]:
+            lines = read_csv(Path("run", row["name"], "log.csv"))
+            assert [int(line["step"]) for line in lines] == list(range(1, len(lines) + 1))
+            assert {line["row"] for line in lines} == {row["name"]}
+            n_lines += len(lines)
+    assert len(read_csv("run/log.csv")) == n_lines
+    for line in read_csv(files_of("run") / "log.csv"):
+        assert list(line) == ("row,epoch,step,loss,L_f,L_r,L_kl,train_retain,train_forget,"
+                              "seconds").split(",")
+        parts = [float(line[name]) for name in ("L_f", "L_r", "L_kl")]
+        assert float(line["loss"]) == pytest.approx(sum(parts), abs=2e-4)  # alpha = beta = 1
+
+def test_a_loss_without_examples_in_a_step_is_empty_in_the_log(micro):
+    train("few", "--max-forget", "4", "--forget-per-batch", "0", "--batch", "8", "--epochs", "1")
+    lines = read_csv(files_of("few") / "log.csv")
+    without = [line for line in lines if line["L_f"] == ""]
+    assert len(lines) - 4 <= len(without) < len(lines) and not any(
+        line["L_r"] == "" or float(line["L_r"]) == 0 for line in lines)
+    for line in without:
+        parts = float(line["L_r"]) + float(line["L_kl"])
+        assert float(line["loss"]) == pytest.approx(parts, abs=2e-4)
+
+def records(*flags):
+    """Return the records of a grid on the micro model."""
+    args = unlearn.parse([*MICRO, *flags])
+    return unlearn.grid(SimpleNamespace(**vars(args) | {"model": "lm-1", "data": None}))
+
+def test_equal_settings_are_one_record_and_what_a_method_does_not_use_is_not_in_it():
+    vanilla, qlora, spul, ga = grid = records("--method", "spul", "ga")
+    assert grid == records("--method", "spul", "ga", "ga", "--no-dense", "--accumulate", "4",
+                           "--checkpointing", "--dtype", "bf16", "--out", "elsewhere")
+    assert spul.base_training == ga.base_training == qlora and qlora.base_training is None
+    for record in grid:
+        assert evaluate.read_record(json.loads(json.dumps(asdict(record)))) == record
+    assert (ga.alpha, ga.beta, ga.p, ga.encoder, spul.tune, spul.rank) == (None,) * 6
+    for flags, changed in [  # which of vanilla, qlora, spul, ga another value makes new
+            (["--qlora-batch", "8"], "0111"), (["--rank", "4"], "0111"), (["--seed", "1"], "1111"),
+            (["--weights", "fp32"], "1111"), (["--max-train", "99"], "1111"),
+            (["--batch", "8"], "0011"), (["--lr", "0.1"], "0010"), (["--alpha", "2"], "0010"),
+            (["--hidden", "7"], "0000"), (["--encoder", "mlp"], "0010"),
+            (["--baseline-lr", "0.1"], "0001"), (["--tune", "lora"], "0001")]:
+        others = records("--method", "spul", "ga", *flags)
+        pairs = list(zip(grid, others, strict=True))
+        assert "".join(str(int(one != two)) for one, two in pairs) == changed, flags
+        assert "".join(str(int(one.name != two.name)) for one, two in pairs) == changed, flags
+    assert spul.at_seed(1) == records("--seed", "1")[2] != spul
+    assert spul.at_seed(1).name.removesuffix("1") == spul.name.removesuffix("0")
+
+def test_finished_rows_are_reused_and_new_ones_join_them(micro, monkeypatch):
+    before = results("run")
+    after = train("run", "--method", "ga", "spul", "--alpha", "0.5", "1", "--beta", "0.5", "1")
+    assert after.items() > before.items() and len(after) == len(before) + 3
+    monkeypatch.setattr(unlearn, "train", None)  # calling it would be an error
+    assert train("run", "--alpha", "0.5", "1", "--beta", "0.5", "1") == after
+
+def test_a_row_is_found_after_a_move_and_with_other_rounding_and_says_by_what_code(
+        micro, monkeypatch, capsys):
+    before, name = results("run"), row_of("run")["name"]
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn, "train", None)
+        Path("elsewhere").mkdir()
+        shutil.move("lm", "elsewhere/lm")
+        for flags in (["--model", "./elsewhere/lm"], ["--no-dense"], ["--accumulate", "2"],
+                      ["--threads", "2"], ["--dtype", "bf16"]):
+            assert train("run", "--model", "elsewhere/lm", *flags) == before
+            out = capsys.readouterr().out
+            assert f"{name} is finished (cpu, fp32), and not trained again\n" in out
+        patch.setattr(evaluate, "hash_method", lambda: "changed")
+        assert train("run", "--model", "elsewhere/lm") == before
+        assert re.search(f"{name} is finished.*trained by other code", capsys.readouterr().out)
+    moved = Path("elsewhere/lm/model.safetensors")
+    tensors(lm_head_dot_weight=load_file(moved)["lm_head.weight"] + 1)(moved)
+    with pytest.raises(InputError, match="give the right dir"):
+        evaluate.main(["run", "--ask", "a film", "--model", "elsewhere/lm"])
+    assert len(train("run", "--model", "elsewhere/lm")) == len(before) + 3  # another model
+
+def test_another_base_training_makes_a_new_phi_and_the_table_names_what_differs(micro):
+    before = read_rows("run")
+    train("run", "--qlora-batch", "8")
+    qlora, spul = read_rows("run")[len(before):]
+    assert (qlora["method"], qlora["batch"], spul["method"]) == ("qlora", 8, "spul")
+    assert evaluate.read_record(spul).base_training == evaluate.read_record(qlora)
+    one, two = [soft_prompt.load_prompt(Path("run", row["name"])) for row in (before[2], spul)]
+    assert not torch.equal(one, two)
+    train("run", "--epochs", "1")
+    assert read_rows("run")[:len(before)] == before and len(read_rows("run")) == len(before) + 3
+    header = table_cells(evaluate.table(read_rows("run")))[0]
+    assert "epochs" in header and "batch" in header and "lr" not in header
+
+def test_rows_are_chosen_by_the_start_of_their_name(tmp_path):
+    rows = [make_row(seed=1), make_row(seed=10), make_row(base="retain"),
+            make_row("ga", trains="weights"), make_row("vanilla", trains=None)]
+    model.write_json(tmp_path / "results.json", {"args": {}, "rows": rows})
+    assert evaluate.choose_row(tmp_path, "") == rows[1]  # the newest phi on the `full` base
+    for row in rows[:3]:
+        assert evaluate.choose_row(tmp_path, row["name"]) == row  # s1 is not s10
+    assert evaluate.choose_row(tmp_path, "spul-retain") == rows[2]
+    assert evaluate.choose_row(tmp_path, "ga", needs_phi=False) == rows[3]
+    for start, n in (("spul", 3), ("ga", 0), ("rl", 0)):
+        with pytest.raises(InputError, match=f"{n} rows for --row {start}; expected one of spul-"):
+            evaluate.choose_row(tmp_path, start)
+
+def test_an_interrupted_and_then_killed_run_resumes_to_the_same_results_bit_for_bit(
+        micro, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        add = unlearn.Log.add
+
+        def interrupted(log, epoch, step, *rest):  # in the middle of an epoch of QLoRA
+            if step == 50:
+                interrupt()
+            add(log, epoch, step, *rest)
+        patch.setattr(unlearn.Log, "add", interrupted)
+        assert model.run_cli(lambda: train("new")) == 130
+    assert "continues from the last finished epoch" in capsys.readouterr().err
+    killed = subprocess.run([sys.executable, "-c", KILLED, *MICRO, "--out", "new"])
+    assert killed.returncode == -signal.SIGKILL and len(results("new")) == 2
+    rows = train("new")
+    assert f"{row_of('new')['name']} resumes after epoch 1" in capsys.readouterr().out
+    assert all(row == results("run")[name] for name, row in rows.items()) and len(rows) == 3
+    for method in ("qlora", "spul"):
+        one, two = [files_of(run, method) for run in ("run", "new")]
+        name = "adapter_model.safetensors"
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+        steps = [[line["step"] for line in read_csv(files / "log.csv")] for files in (one, two)]
+        assert steps[0] == steps[1]  # none is missing, and none there twice
+
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import model, unlearn
+add = unlearn.Log.add
+def killed_at_15(log, epoch, step, *rest):
+    if log.record.method == "spul" and step == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(log, epoch, step, *rest)
+unlearn.Log.add = killed_at_15
+sys.exit(model.run_cli(unlearn.main))
+"""
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+def test_two_programs_that_share_a_run_directory_lose_nothing(micro):
+    command = [sys.executable, ROOT / "unlearn.py", *MICRO, "--out", "both"]
+    programs = [subprocess.Popen([*command, "--method", *methods], stderr=subprocess.PIPE)
+                for methods in (("spul", "ga"), ("spul", "rl"))]
+    for program in programs:
+        _, error = program.communicate(timeout=200)
+        assert program.returncode == 0, error
+    rows = results("both")
+    assert sorted(row["method"] for row in rows.values()) == [
+        "ga", "qlora", "rl", "spul", "vanilla"]
+    assert torch.equal(phi_of("both"), phi_of("run")) and not list(Path("both").rglob("*.part"))
+    assert {line["row"] for line in read_csv("both/log.csv")} == {
+        name for name, row in rows.items() if row["trains"]}
+
+def test_two_processes_give_the_results_of_one(micro):
+    drop_row("run")
+    before = train("run", "--epochs", "1")  # few steps: rounding grows from step to step
+    phi, weights = phi_of("run"), load_file(files_of("run", "ga") / "model.safetensors")
+    names = [drop_row("run", method) for method in ("spul", "ga")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         ROOT / "unlearn.py", *MICRO, "--out", "run", "--method", "spul", "ga", "--epochs", "1"],
+        capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{names[0]}  10/10") == 1  # only the first process prints
+    assert_close(phi_of("run"), phi, atol=1e-3)
+    found = load_file(files_of("run", "ga") / "model.safetensors")
+    for name in weights:
+        assert_close(found[name], weights[name])
+    rows = results("run")
+    for name, row in before.items():
+        assert rows[name]["trainable_params"] == row["trainable_params"]
+        for split in data.SPLITS:
+            assert rows[name][split]["acc"] == pytest.approx(row[split]["acc"], abs=4)
+
+def test_the_base_never_changes_and_each_method_trains_what_it_says(micro, monkeypatch):
+    loaded, load_base = [], unlearn.load_base
+
+    def spy(*args):
+        loaded.append(load_base(*args))
+        return loaded[-1]
+    monkeypatch.setattr(unlearn, "load_base", spy)
+    train("run", "--alpha", "0.3")
+    base, = loaded
+    fresh = load_system("run", row_of("run", "qlora")).model
+    assert all(torch.equal(w, fresh.state_dict()[name]) for name, w in base.state_dict().items())
+    train("run", "--encoder", "mlp", "--hidden", "16")
+    rows = train("run", "--method", "ga", "rl", "ga+kl", "ga+gd")
+    n_weights = sum(w.numel() for w in fresh.parameters())
+    n_mlp = sum(w.numel() for w in soft_prompt.PromptEncoder(4, 32, 16).parameters())
+    for row in rows.values():
+        n_phi = n_mlp if row["encoder"] == "mlp" else 4 * 32
+        expected = {"vanilla": 0, "qlora": row["trainable_params"], "spul": n_phi}
+        assert row["trainable_params"] == expected.get(row["method"], n_weights), row["name"]
+
+def test_a_baseline_with_tune_lora_trains_only_the_adapter(micro):
+    train("lora", "--method", "ga", "--tune", "lora", "--baseline-lr", "0.01")
+    vanilla, qlora, ga = read_rows("lora")
+    assert ga["trainable_params"] == qlora["trainable_params"] > 0
+    one, two = [load_file(f"lora/{row['name']}/adapter_model.safetensors") for row in (qlora, ga)]
+    assert one.keys() == two.keys() and any(not torch.equal(one[name], two[name]) for name in one)
+    assert ga["train_forget"]["acc"] <= qlora["train_forget"]["acc"]
+    system = load_system("lora", ga)
+    pred = evaluate.predict(system.model, system.data.queries["test_forget"])
+    assert evaluate.score(pred, system.data.queries["test_forget"]) == ga["test_forget"]
+
+def test_every_kind_of_training_runs_in_bf16(micro):
+    train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2",
+          "--alpha", "0", "--beta", "0", "--lr", "0.1", "--epochs", "8")
+    vanilla, qlora, spul, ga_gd = read_rows("bf16")
+    assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
+    assert spul["train_forget"]["acc"] < qlora["train_forget"]["acc"] - 20
+    assert all(math.isfinite(float(line["loss"])) for line in read_csv("bf16/log.csv"))
+    if not torch.cuda.is_available():  # a GPU's run is evaluated in float32 on a CPU
+        system = load_system("bf16", spul | {"device": "cuda"})
+        assert system.model.lm_head.weight.dtype == torch.float32
+
+def write_splits(dir, answer):
+    """Write 300 reviews of the toy as your own four files, with other answers."""
+    splits = data.load_splits("toy", ".", 0, 120, 40, 60)
+    for split, examples in splits.items():
+        splits[split] = [example._replace(label=answer(example)) for example in examples]
+    data.save_splits(splits, dir)
+
+def mood(example):
+    return "high mood" if example.label == "positive" else "bad"
+
+def last_words(example):
+    return f"{example.text.split()[-2]} {mood(example)}"
+
+OWN = ("--dataset splits --data-dir own --qlora-epochs 12 --generic unknown".split()
+       + ["neutral mood", "--template", "### Text: {text}\\n\\n### Opinion: {label}"])
+
+@pytest.mark.parametrize("answer, flags", [
+    (mood, ["--labels", "high mood", "bad"]), (last_words, [])])
+def test_answers_of_several_tokens_are_learned_unlearned_and_asked_for(
+        micro, answer, flags, capsys):
+    write_splits("own", answer)
+    train("answers", *OWN, *flags)
+    vanilla, qlora, spul = read_rows("answers")
+    assert all(row[split]["f1"] is None for row in (vanilla, qlora, spul) for split in data.SPLITS)
+    assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
+    system = load_system("answers")
+    for split, queries in system.data.queries.items():
+        pred = evaluate.predict(system.model, queries, system.phi)
+        assert evaluate.score(pred, queries) == spul[split]
+    query, eos = system.data.queries["test_retain"][0], system.data.tokenizer.eos
+    assert (eos in query.answer) == (eos in system.data.generic[1]) == (flags == [])
+    system.phi = None
+    capsys.readouterr()
+    evaluate.ask(system, query.text)
+    assert evaluate.words(system, evaluate.predict(system.model, [query])[0]) in (
+        capsys.readouterr().out)
+
+STUDENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import model, unlearn
+def my_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
+    %s
+unlearn.METHODS["mine"] = unlearn.Method(my_loss, "generic", "prompt")
+sys.exit(model.run_cli(unlearn.main))
+"""
+
+@pytest.mark.parametrize("body, shown", [
+    ('raise ValueError("my mistake")', 'mine.py", line 6, in my_loss'),
+    ("return 1, 2, 3", "too many values to unpack")])
+def test_a_bug_in_a_method_of_your_own_keeps_its_traceback(micro, body, shown):
+    Path("mine.py").write_text(STUDENT % body)
+    done = subprocess.run([sys.executable, "mine.py", *MICRO, "--out", "run", "--method", "mine"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and shown in done.stderr
+    assert "in train" in done.stderr and "unlearn.py" in done.stderr
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(micro, monkeypatch, capsys):
+    drop_row("run")
+    calls, method = [], unlearn.METHODS["spul"]
+
+    def breaking(*args):
+        loss, parts = method.loss(*args)
+        calls.append(loss)
+        return loss * (float("nan") if len(calls) == 18 else 1), parts
+    with monkeypatch.context() as patch:
+        patch.setitem(unlearn.METHODS, "spul", method._replace(loss=breaking))
+        assert model.run_cli(lambda: train("run")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "loss nan" in error and "lower the learning rate" in error
+    train("run")
+    assert "resumes after epoch 1" in capsys.readouterr().out
+
+
+# ---- 7. bad input: one line, exit status 2 -----------------------------------------------------
+
+BAD_FLAGS = [
+    (["--dataset", "imdb"], "--dataset: invalid choice: 'imdb'"),
+    (["--method", "npo"], "--method: invalid choice: 'npo' (choose from"),
+    (["--model", "nowhere"], "nowhere: no tokenizer"),
+    (["--dataset", "sst2", "--data-dir", "nowhere"], "nowhere: no train file"),
+    *[([flag, value], f"argument {flag}") for flag, value in [
+        ("--lr", "0"), ("--p", "0"), ("--alpha", "nan"), ("--beta", "-1"), ("--seed", "one"),
+        ("--forget-fraction", "2"), ("--lora-dropout", "1")]],
+    (["--forgot", "dunn"], "unrecognized arguments"),
+    (["--forget-per-batch", "16"], "--forget-per-batch 16; expected less than --batch, 16"),
+    (["--max-len", "3"], "--max-len 3 leaves no room"),
+    (["--targets", "c_attn"], "--targets c_attn: no such linear layer"),
+    (["--labels", "positive"], "--labels without a question; expected --template"),
+    (["--template", "{text} {label}", "--labels", "positive"],
+     "label 'negative' in train_retain; expected positive"),
+    (["--template", "{text} {label}", "--labels", "good", "good film"],
+     "the tokens of answer 'good film' begin with those of 'good'"),
+    (["--device", "cuda:99"], "--device cuda:99: no such device"),
+    (["--template", "### Text: {label}"], "{text}"),
+    (["--template", "{text} {x} {label}"], "{text}")]
+
+def exit_status(main):
+    """Return the exit status of a command line; argparse leaves with SystemExit."""
+    try:
+        return model.run_cli(main)
+    except SystemExit as error:
+        return error.code
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS)
+def test_a_wrong_flag_is_one_line_and_exit_status_2(micro, flags, message, capsys):
+    assert exit_status(lambda: train("new", *flags)) == 2
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert re.match("(unlearn.py: |pytest: |__main__.py: )?error: ", error) and message in error
+    assert all(re.match("usage: | ", line) for line in usage)
+    assert not list(micro.rglob("*.part"))
+
+def test_a_real_dataset_without_a_model_is_one_line_that_names_one_to_get(capsys):
+    assert model.run_cli(lambda: unlearn.main(["--dataset", "sst2"])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in error
+
+def cut(path):
+    """Lose the end of a file, as an interrupted copy does."""
+    path.write_bytes(path.read_bytes()[:-64])
+
+def tensors(**changes):
+    """Return a function that changes tensors of a .safetensors file; None removes one."""
+    def spoil(path):
+        state = load_file(path) | {name.replace("_dot_", "."): w for name, w in changes.items()}
+        save_file({name: w for name, w in state.items() if w is not None}, path)
+    return spoil
+
+COMMANDS = {
+    "load": lambda: model.load_model("lm"),
+    "tokenize": lambda: data.load_tokenizer("lm"),
+    "bpe": lambda: data.load_tokenizer("bpe"),
+    "adapt": lambda: lora.load_adapter(model.load_model("lm", "fp32"), files_of("run", "qlora")),
+    "prompt": lambda: phi_of("run"),
+    "table": lambda: evaluate.main(["run"]),
+    "ask": lambda: evaluate.main(["run", "--ask", "a dull comedy"]),
+    "again": lambda: train("run"),
+    "more": lambda: train("run", "--p", "3"),
+    "data": lambda: data.main(["--dataset", "splits", "--data-dir", "."])}
+LM = "lm/model.safetensors"
+ADAPTER, PHI = [f"run/{method}-??????-s0/adapter_model.safetensors" for method in ("qlora", "spul")]
+CONFIG = ADAPTER.replace("model.safetensors", "config.json")
+SPOILT = [  # command, file, new content (a dict: changed keys), part of the message
+    ("load", LM, None, "lm: no model.safetensors or pytorch_model.bin"),
+    ("load", LM, cut, "model.safetensors: not"),
+    ("load", LM, tensors(lm_head_dot_weight=None), "tensor lm_head.weight is missing"),
+    ("load", LM, tensors(score_dot_weight=torch.zeros(2)), "tensor score.weight is (2,)"),
+    ("load", LM, tensors(lm_head_dot_weight=torch.zeros(9, 32)), "lm_head.weight is (9, 32)"),
+    ("load", "lm/config.json", None, "No such file"),
+    ("load", "lm/config.json", "{}", "no 'model_type' in it"),
+    ("load", "lm/config.json", {"num_hidden_layers": 3}, "tensor layers.2.input_layernorm.weight"),
+    ("load", "lm/config.json", {"num_key_value_heads": 3}, "(32, 32); expected (48, 32)"),
+    *[("load", "lm/config.json", {key: value}, key) for key, value in [
+        ("model_type", "gpt2"), ("hidden_act", "gelu"), ("activation_function", "gelu"),
+        ("do_layer_norm_before", False), ("partial_rotary_factor", 0.5)]],
+    *[("load", "lm/config.json", {place: {key: "linear", "factor": 2.0}}, f"{key} is 'linear'")
+      for place in ("rope_parameters", "rope_scaling") for key in ("rope_type", "type")],
+    ("load", LM, tensors(model_dot_layers_dot_0_dot_mlp_dot_up_proj_dot_bias=torch.zeros(80)),
+     "tensor layers.0.mlp.up_proj.bias is (80,); expected no such tensor"),
+    ("tokenize", "lm/tokenizer.model", cut, "not a sentencepiece model"),
+    ("bpe", "bpe/vocab.json", "{", "vocab.json: not readable as JSON"),
+    ("adapt", ADAPTER, None, "-s0: no adapter_model.safetensors or adapter_model.bin"),
+    ("adapt", ADAPTER, cut, "adapter_model.safetensors: not"),
+    *[("adapt", CONFIG, {key: value}, key) for key, value in [
+        ("use_rslora", True), ("alpha_pattern", {"q_proj": 2})]],
+    ("adapt", ADAPTER, tensors(score=torch.zeros(2)), "tensor score is (2,); expected no such"),
+    ("adapt", CONFIG, "{}", "no 'r' in it"),
+    ("adapt", CONFIG, {"r": 5}, "expected (5, "),
+    ("prompt", PHI, tensors(prompt_embeddings=None), "no tensor prompt_embeddings; expected a"),
+    ("table", "run/results.json", '{"rows": [', "results.json: not readable as JSON"),
+    ("table", "run/results.json", '{"rows": [{"name": 1}]}', "results.json: a row without"),
+    ("ask", "run/results.json", {"rows": []}, "run unlearn.py first"),
+    ("ask", "run/args.json", "{", "args.json: not readable as JSON"),
+    ("again", "run/spul-??????-s0/row.json", "{", "row.json: not readable as JSON"),
+    ("more", ADAPTER, cut, "adapter_model.safetensors: not"),
+    ("data", "train_retain.jsonl", "{", "train_retain.jsonl row 1: Expecting")]
+
+@pytest.mark.parametrize("command, file, content, message", SPOILT)
+def test_a_spoilt_file_is_one_line_and_exit_status_2(micro, command, file, content, message, capfd):
+    (micro / "bpe").mkdir()
+    write_smollm2_tokenizer(micro / "bpe")
+    path = next(micro.glob(file), micro / file)
+    if content is None:
+        path.unlink()
+    elif callable(content):
+        content(path)
+    elif isinstance(content, dict):
+        model.write_json(path, json.loads(path.read_text()) | content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert model.run_cli(COMMANDS[command]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and message in error, error
+
+class Sneaky:
+    """Unpickled without care, it makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+@pytest.mark.parametrize("command, file", [
+    ("load", LM), ("prompt", PHI), ("adapt", ADAPTER), ("again", "state.pt")])
+def test_code_hidden_in_a_pickle_never_runs(micro, command, file):
+    if command == "again":
+        path = Path("run", f"{drop_row('run')}.part", file)
+        path.parent.mkdir()
+    else:
+        path, = micro.glob(file)
+        path.unlink()
+        path = path.with_name("pytorch_model.bin" if command == "load" else "adapter_model.bin")
+    torch.save({"w": Sneaky()}, path)
+    with pytest.raises((InputError, pickle.UnpicklingError)):
+        COMMANDS[command]()
+    assert not Path("ran").exists()
+    torch.load(path, weights_only=False)
+    assert Path("ran").exists()  # the trap was set
+
+
+# ---- 8. evaluation -----------------------------------------------------------------------------
+
+def test_metrics_count_every_other_token_as_wrong_and_weigh_f1_by_the_true_labels():
+    assert evaluate.metrics([7, 7, 9, 8], [7, 7, 7, 8]) == {"n": 4, "acc": 75.0, "f1": 85.0}
+    constant = evaluate.metrics([1] * 10_000, [1] * 5_566 + [2] * 4_434)
+    assert constant == {"n": 10_000, "acc": 55.66, "f1": 39.81}  # as GA's row of Table 2
+
+def test_tables_have_means_over_seeds_and_a_column_for_each_differing_setting():
+    rows = [make_row("mine", 0, 90.0), make_row("mine", 1, 94.0), make_row("other", lr=0.1),
+            make_row("other", lr=0.2, acc=50.0), make_row("other", 1, lr=0.2, acc=50.0)]
+    for f1, both in ((True, "92.0 ± 2.8 / 92.0 ± 2.8"), (False, "92.0 ± 2.8")):
+        lines = table_cells(evaluate.table(rows, f1))
+        assert lines[2] == ["mine", "0.0001", *[both] * 4]
+        assert lines[3][:3] == ["other", "0.1", "90.0 / 90.0" if f1 else "90.0"]
+        assert "lr" in lines[0] and "beta" not in lines[0]
+    below = "mine 0.0001: 10 trained parameters, 2.0 ± 0.0 s per epoch: mine-"
+    assert below in evaluate.table(rows)
+
+def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_set(micro, capsys):
+    train("run", "--seed", "1", "--base", "full", "retain", "--method", "spul", "ga+gd")
+    train("run", "--method", "ga+gd")
+    capsys.readouterr()
+    evaluate.main(["run", "--audit"])
+    lines = {line[0]: line for line in table_cells(capsys.readouterr().out) if line}
+    for name in ("base", "spul", "name filter", "retrain", "spul on retrain", "ga+gd",
+                 "unquantised weights", "relearning"):
+        assert len(lines[name]) == 6 and all(" / " in cell for cell in lines[name][1:]), name
+    found = json.loads(Path("run/audit.json").read_text())
+    spul = [row["name"] for row in read_rows("run") if evaluate.system_name(row) == "spul"]
+    assert found.keys() == set(spul) and len(spul) == 2  # both seeds
+    systems = found[spul[0]]
+    for name, *which in (("base", "qlora", "full"), ("retrain", "qlora", "retain"),
+                         ("spul", "spul", "full"), ("spul on retrain", "spul", "retain"),
+                         ("ga+gd", "ga+gd", "full")):
+        row = next(row for row in read_rows("run")
+                   if [row["method"], row["base"], row["seed"]] == [*which, 0])
+        for part in ("forget", "retain"):
+            answered, refused = systems[name][part]
+            assert answered == pytest.approx(row[f"test_{part}"]["acc"], abs=0.01)
+            assert 0 <= refused <= 100 - answered + 1e-6
+    assert systems["name filter"]["forget"] == [0, 100] != systems["name filter"]["misspelt"]
+    assert systems["name filter"]["retain"] == [systems["base"]["retain"][0], 0]
+    assert systems["relearning"] != systems["spul"] != systems["unquantised weights"]
+
+def test_an_audit_takes_the_systems_that_are_there(micro, capsys):
+    train("run", "--seed", "1")  # its retrained reference is missing
+    capsys.readouterr()
+    evaluate.main(["run", "--audit"])
+    assert "no row for 'ga+gd'" in capsys.readouterr().out
+
+def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, capsys):
+    need("matplotlib")
+    train("run", "--p", "3", "4")
+    for flag in ("--tsne", "--plot"):
+        evaluate.main(["run", flag, "figure.png"])
+        figure = Path("figure.png").read_bytes()
+        assert figure[:8] == b"\x89PNG\r\n\x1a\n" and len(figure) > 10_000
+        Path("figure.png").unlink()
+    train("run", "--alpha", "0.5")
+    assert model.run_cli(lambda: evaluate.main(["run", "--plot", "fig2.png"])) == 2
+    assert "alpha" in capsys.readouterr().err
+
+
+# ---- 9. speed ----------------------------------------------------------------------------------
+
+BENCH = {
+    "D=512": (dict(hidden_size=512, intermediate_size=1365, num_hidden_layers=8, vocab_size=32000,
+                   num_attention_heads=8), 16, 48),
+    "SmolLM2-135M": (dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                          vocab_size=49152, num_attention_heads=9, num_key_value_heads=3,
+                          tie_word_embeddings=True), 32, 40)}
+
+def median_seconds(steps, runs=5):
+    """Return the median time of each of two functions, called in alternation."""
+    seconds = [[] for _ in steps]
+    for i in range(runs + 2):
+        for times, step in zip(seconds, steps):
+            start = time.perf_counter()
+            step()
+            if i >= 2:  # the first two warm up
+                times.append(time.perf_counter() - start)
+    return [sorted(times)[len(times) // 2] for times in seconds]
+
+@pytest.mark.skipif("SPUL_BENCH" not in os.environ, reason="takes minutes; set it to fp32 or bf16")
+@pytest.mark.parametrize("shape", BENCH)
+def test_speed_of_a_spul_step_beats_transformers_and_peft(shape, tmp_path):
+    hf, peft = need("transformers"), need("peft")
+    torch.set_num_threads(2)
+    sizes, B, T = BENCH[shape]
+    dtype, p = {"fp32": torch.float32, "bf16": torch.bfloat16}[os.environ["SPUL_BENCH"]], 30
+    net = hf.LlamaForCausalLM(hf.LlamaConfig(max_position_embeddings=2048, **sizes)).to(dtype)
+    net.save_pretrained(tmp_path)
+    ours = model.load_model(tmp_path, os.environ["SPUL_BENCH"])
+    tokens, answers = torch.randint(5, 32000, (B, T)), torch.arange(1, B + 1) * T - 1
+    y, n = tokens[:, 0], B // 8
+    w_forget = torch.where(torch.arange(B) < n, 1 / n, 0.0)
+    w_retain = torch.where(torch.arange(B) < n, 0.0, 1 / (B - n))
+    with torch.no_grad():
+        base_logprobs = ours(tokens, answers).float().log_softmax(-1)
+    encoder = soft_prompt.PromptEncoder(p, sizes["hidden_size"])
+    theirs = peft.get_peft_model(net, peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=p, encoder_hidden_size=128))
+
+    def our_step():
+        logits = ours(tokens, answers, encoder())
+        loss, _ = soft_prompt.spul_loss(logits, base_logprobs, y, w_forget, w_retain, 1.0, 1.0)
+        loss.backward()
+
+    def peer_step():  # as the authors' code: the logits and the loss of every position
+        logits = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
+        target = torch.full((B, p + T), -100)
+        target[:, -1] = y
+        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").sum(1)
+        divergence = soft_prompt.kl_divergence(logits[:, -1], base_logprobs)
+        loss = (losses * (w_forget + w_retain)).sum() + (divergence * w_retain).sum()
+        loss.backward()
+
+    peer_seconds, our_seconds = median_seconds([peer_step, our_step])
+    x, w = [torch.randn(n, sizes["hidden_size"], dtype=dtype) for n in (B * T, 2048)]
+    rate = 2 * x.numel() * len(w) / min(median_seconds([lambda: x @ w.T] * 5, 9))
+    weights = sum(q.numel() for n, q in ours.named_parameters() if "layers" in n and q.dim() == 2)
+    limit = 4 * weights * (p + B * T) / rate
+    print(f"\n{shape}, B={B}, T={T}, p={p}, {dtype}: ours {our_seconds:.3f} s, transformers + PEFT "
+          f"{peer_seconds:.3f} s, ratio {peer_seconds / our_seconds:.2f}; ours reaches "
+          f"{100 * limit / our_seconds:.0f} % of the limit at {rate / 1e9:.0f} GFLOP/s")
+    assert peer_seconds / our_seconds > 2
+
+
+# ---- 10. the README and the imports ------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+IMPORT_ORDER = "model soft_prompt baselines lora data evaluate unlearn".split()
+COMMAND = re.compile(r"^\s*(?:python3?|torchrun --nproc-per-node \d+) (\w+)\.py\b(.*)$", re.M)
+
+@pytest.mark.parametrize("script, flags", COMMAND.findall(README.replace("\\\n", " ")))
+def test_the_commands_of_the_readme_parse(script, flags, monkeypatch):
+    argv = shlex.split(re.split(r"&&|[;|>]", flags)[0], comments=True)
+    if script == "unlearn":
+        monkeypatch.setattr(unlearn, "has_device", lambda device: True)
+        assert unlearn.parse(argv).method
+    elif script == "evaluate":
+        assert evaluate.parse(argv).runs
+    else:  # the parser is inside main: stop it after parsing
+        monkeypatch.setattr(data, "load_splits", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            data.main(argv)
+
+def test_the_code_that_the_readme_names_exists():
+    for name, attribute in re.findall(r"`(\w+)\.(\w+)\b", README):
+        if name in IMPORT_ORDER and attribute not in ("py", "safetensors"):
+            assert hasattr(sys.modules[name], attribute), f"{name}.{attribute}"
+    n_names = 0
+    for line in re.findall(r"^\|.*\.py\b.*$", README, re.M):  # rows of tables that name a file
+        source = ""
+        for name in re.findall(r"\b(\w+)\.py\b", line):
+            source += (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        for name in re.findall(r"`(?:\w+\.)?([A-Za-z_]\w*)(?:\([^`]*\))?`", line):
+            assert name == "py" or re.search(rf"\b{name}\b", source), f"{name} in {line}"
+            n_names += name != "py"
+    assert n_names > 8
+
+def test_the_method_that_the_readme_adds_runs_and_has_its_row(micro, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, = [block for block in blocks if "METHODS[" in block]
+    assert len(code.strip().splitlines()) <= 15
+    monkeypatch.setattr(unlearn, "METHODS", dict(unlearn.METHODS))
+    exec(code, vars(soft_prompt) | vars(unlearn))  # it goes into unlearn.py
+    name, = unlearn.METHODS.keys() - {"spul", "ga", "rl", "ga+kl", "ga+gd", "qlora"}
+    train("run", "--method", name)
+    assert row_of("run", name)["trains"]
+
+@pytest.mark.parametrize("name", IMPORT_ORDER)
+def test_a_module_imports_only_what_the_project_may_and_no_later_module(name):
+    allowed = {"torch", "sentencepiece", "safetensors", "numpy", "sklearn"}
+    allowed |= sys.stdlib_module_names | set(IMPORT_ORDER[:IMPORT_ORDER.index(name)])
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for module in [name.partition(".")[0] for name in names]:
+            optional = module in ("matplotlib", "pyarrow") and node not in tree.body
+            assert module in allowed or optional, f"{name}.py imports {module}"

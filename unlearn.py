@@ -21,13 +21,16 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     set_model_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
 import evaluate
 from baselines import ga_gd_loss, ga_kl_loss, ga_loss, rl_loss
 from lora import add_lora, load_base, merge_lora, save_adapter
 from model import (InputError, activation_bytes, atomic_write, build, count_processes,
-                   has_device, identify_model, is_rank_zero, run_cli, save_model, share_of_process, tie_head,
+                   has_device, identify_model, is_rank_zero, run_cli, save_model, share_of_process,
                    within)
 from soft_prompt import (DirectPrompt, PromptEncoder, cross_entropy, load_prompt, save_prompt,
                          spul_loss)
@@ -70,8 +73,8 @@ def train(record, model, encoder, queries, base, log, args):
 
     record: the settings of this training. encoder: PromptEncoder or DirectPrompt, or None to train
     the model's own trainable parameters. queries: the examples; the answer of each is its target.
-    base: see `Workbench.gather_base`, or None. log: the Log, from which an interrupted training resumes.
-    Returns the row's time and size figures.
+    base: see `Workbench.gather_base`, or None. log: the Log, from which an interrupted training
+    resumes. Returns the row's time and size figures.
     """
     method = METHODS[record.method]
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
@@ -143,11 +146,14 @@ def make_trainable(record, model, queries, args):
     if METHODS[record.method].trains == "adapter":
         add_lora(model, record.rank, record.lora_alpha, record.lora_dropout, record.targets)
         return model.train(), None
-    if record.tune == "full":
-        merge_lora(model, torch.float32).requires_grad_(True)
-        model.autocast = args.dtype == "bf16"
-        return shard(model), None
-    return model, None  # --tune lora: `Workbench.load_base` has left A and B trainable
+    if record.tune == "lora":  # `Workbench.load_base` has left A and B trainable
+        return model, None
+    is_bf16 = args.dtype == "bf16"
+    if dist.is_initialized():
+        model = shard(merge_lora(model, torch.float32) if is_rank_zero() else model, is_bf16)
+    else:
+        merge_lora(model, torch.float32).autocast = is_bf16
+    return model.requires_grad_(True), None
 
 
 def make_encoder(record, model, queries, init_dir=None):
@@ -371,7 +377,7 @@ def train_row(record, bench):
         print(describe_memory(record, model, queries, args))
         log = Log(record, run, dataset)
         results = train(record, model, encoder, queries, base, log, args)
-        model = unshard(model).requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
         phi = encoder().detach() if encoder else None
         save_result(model, phi, results["trains"], run.part(record), bench.lm)
         if method.trains == "adapter" and args.dense:  # as `lora.load_base` does
@@ -398,19 +404,20 @@ def describe_memory(record, model, queries, args):
 
 def save_result(model, phi, trains, dir, lm):
     """Write what was trained: phi, the adapter or all weights."""
-    if not is_rank_zero():
-        return
-    if trains == "prompt":
-        save_prompt(phi, dir, lm)
-    elif trains == "adapter":
-        save_adapter(model, dir, lm)
-    else:
-        save_model(model, dir)
+    state = get_model_state_dict(model, options=StateDictOptions(
+        full_state_dict=True, cpu_offload=dist.is_initialized()))  # the first process has it
+    if is_rank_zero():
+        if trains == "prompt":
+            save_prompt(phi, dir, lm)
+        elif trains == "adapter":
+            save_adapter(model, dir, lm)
+        else:
+            save_model(model, dir, state)
 
 
 def warn(row, rows):
     """Return a line for a row that looks like a success and is none, or ""."""
-    base = row["base_training"] and evaluate.find_row(rows, evaluate.read_record(row["base_training"]))
+    base = evaluate.find_row(rows, evaluate.read_record(row).base_training)
     expected = base["train_retain"]["acc"] - 20 if base else 50
     if row["method"] == "vanilla" or row["train_retain"]["acc"] >= expected:
         return ""
@@ -420,8 +427,8 @@ def warn(row, rows):
 
 def main(argv=None):
     """Train, print and write every row of the grid."""
+    start_processes()
     args = parse(argv)
-    start_processes(args)
     start = time.perf_counter()
     lm = Path(args.model or data.pretrain_toy(args.cache, args.device)).resolve()
     args.lm, args.data_dir = str(lm), str(Path(args.data_dir).resolve())
@@ -629,12 +636,12 @@ def parse(argv=None):
 
 # ---- support: several processes (torchrun) -----------------------------------------------------
 
-def start_processes(args):
+def start_processes():
     """Join the processes that torchrun started, if it did. Only the first one prints and writes."""
     if "WORLD_SIZE" in os.environ:
-        if args.device.startswith("cuda"):
+        if torch.cuda.is_available():  # before anything touches the GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group()  # gloo for CPU tensors, NCCL for those on GPUs
         if not is_rank_zero():
             sys.stdout = open(os.devnull, "w")
 
@@ -666,32 +673,28 @@ def sum_over_processes(values):
     return values
 
 
-def shard(model):
-    """Spread weights, gradients and optimizer state over the processes (fully_shard), in place."""
-    if dist.is_initialized():
-        from torch.distributed.fsdp import fully_shard
-        mesh = dist.init_device_mesh(model.lm_head.weight.device.type, (count_processes(),))
-        for part in (*model.layers, model):
-            fully_shard(part, mesh=mesh)
-    return model
+def shard(model, is_bf16):
+    """Spread weights, gradients and optimizer state over the processes (fully_shard).
+
+    Only the first process needs the whole model; the others receive their part of it.
+    """
+    device, state = model.lm_head.weight.device, model.state_dict()
+    with torch.device("meta"):
+        sharded = build(model.config)
+    mesh = dist.init_device_mesh(device.type, (count_processes(),))
+    dtype = torch.bfloat16 if is_bf16 else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for part in (*sharded.layers, sharded):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    sharded.to_empty(device=device)
+    set_model_state_dict(sharded, state if is_rank_zero() else {}, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
+    return sharded
 
 
 def is_sharded(w):
     """Whether this process holds only a part of the tensor (a DTensor)."""
     return hasattr(w, "full_tensor")
-
-
-def unshard(model):
-    """Return a sharded model as a complete one in every process."""
-    if not is_sharded(model.lm_head.weight):
-        return model
-    with torch.device("meta"):
-        complete = build(model.config)
-    state = {name: w.full_tensor() for name, w in model.state_dict().items()}
-    complete.load_state_dict(state, assign=True)
-    complete.autocast = model.autocast
-    tie_head(complete)
-    return complete
 
 
 if __name__ == "__main__":
