@@ -576,7 +576,8 @@ def find_row(rows, record):
 
 def choose_row(run, name, needs_phi=True):
     """Return the row whose name starts with `name`; for "" the newest phi on a `full` base."""
-    rows = [row for row in read_rows([run]) if row["trains"]]
+    rows = [row for row in read_rows([run]) if row["trains"] == "prompt"
+            or (row["trains"] and not needs_phi)]
     found = [row for row in rows if row["name"] == name]
     found = found or [row for row in rows if row["name"].startswith(name)
                       and (name or row["base"] == "full")]
@@ -721,6 +722,8 @@ def load_system(run, row, args, trainable=False):
     run, record, device, dtype = Path(run), read_record(row), row["device"], row["dtype"]
     was = read_json(run / "args.json", "the flags of a run of unlearn.py", ["lm", "data_dir"])
     lm, data_dir = args.model or was["lm"], args.data_dir or was["data_dir"]
+    if not Path(lm).is_dir():
+        raise InputError(f"{lm}: no such directory; give that of {record.model} with --model")
     found = identify_model(lm), data.hash_files(record.dataset, data_dir)
     if found != (record.model, record.data):
         raise InputError(f"{row['name']} was trained on model {record.model} and data "
@@ -733,9 +736,9 @@ def load_system(run, row, args, trainable=False):
     if row["trains"] == "weights":
         model = load_model(run / row["name"], "fp32", device, dtype)
     else:
-        base = find_row(read_rows([run]), record.base_training or record)
-        model = load_base(lm, run / base["name"], record.weights, device, dtype, row["dense"],
-                          trainable)
+        of = record if row["trains"] == "adapter" else record.base_training  # whose adapter
+        adapter = run / find_row(read_rows([run]), of)["name"]
+        model = load_base(lm, adapter, record.weights, device, dtype, row["dense"], trainable)
     phi = None
     if row["trains"] == "prompt":
         phi = load_prompt(run / row["name"]).to(device)
