@@ -385,6 +385,8 @@ def audit(run, rows, args):
     write_json(run / "audit.json", found)
     lines = []
     for name, sets in found[rows[0]["name"]].items():
+        if any(name not in numbers for numbers in found.values()):
+            continue  # another seed lacks this system, as a line above says
         line = [name]
         for title in sets:
             answered, refused = zip(*[numbers[name][title] for numbers in found.values()])

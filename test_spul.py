@@ -5,6 +5,7 @@
 """
 import ast
 import csv
+import gc
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -1561,6 +1563,99 @@ def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, c
     train("run", "--alpha", "0.5")
     assert model.run_cli(lambda: evaluate.main(["run", "--plot", "fig2.png"])) == 2
     assert "alpha" in capsys.readouterr().err
+
+def test_phi_continues_from_a_saved_phi_and_the_row_says_so(micro):
+    start, phi = Path("run", row_of("run")["name"]), phi_of("run")
+    train("run", "--init", str(start), "--lr", "1e-9", "--encoder", "none")
+    row = read_rows("run")[-1]
+    assert row["init"] == start.name
+    assert_close(soft_prompt.load_prompt(Path("run", row["name"])), phi, atol=1e-5)
+
+@pytest.mark.parametrize("flags, message", [
+    (["--qlora-lr", "1e-9"], "answers only"), (["--lr", "30", "--alpha", "0"], "answers only"),
+    ([], None)])
+def test_a_base_that_learned_nothing_or_a_lost_retain_set_is_said_in_one_line(
+        micro, flags, message, capsys):
+    train("new", *flags)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert bool(warnings) == bool(message) and all(message in line for line in warnings)
+
+def test_files_are_readable_for_others_as_usual(micro):
+    usual = os.stat("run/results.json").st_mode
+    assert all(os.stat(file).st_mode == usual for file in Path("run").rglob("*.safetensors"))
+
+def test_only_the_shards_of_the_index_and_the_older_form_of_bin_are_read(micro):
+    before, state = model.load_model("lm", "fp32")(TOKENS), load_file("lm/model.safetensors")
+    for n in (2, 3):  # an older save in two shards, then one in three, with the index
+        files = {name: f"model-{i % n}-of-{n}.safetensors" for i, name in enumerate(state)}
+        for file in set(files.values()):
+            part = {name: state[name] * (n == 3) for name in files if files[name] == file}
+            save_file(part, Path("lm", file))
+    Path("lm/model.safetensors").unlink()
+    model.write_json("lm/model.safetensors.index.json", {"weight_map": files})
+    assert_close(model.load_model("lm", "fp32")(TOKENS), before)
+    Path("lm/model.safetensors.index.json").unlink()
+    torch.save(state, "lm/pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save({"other": torch.zeros(2)}, "lm/adapter_model.bin")
+    assert_close(model.load_model("lm", "fp32")(TOKENS), before)
+
+def test_weights_rounded_to_bf16_are_computed_with_in_float32_where_that_is_asked(micro):
+    rounded = model.load_model("lm", "bf16", dtype="fp32").lm_head.weight
+    whole = load_file("lm/model.safetensors")["lm_head.weight"]
+    assert rounded.dtype == torch.float32 and torch.equal(rounded, whole.bfloat16().float())
+    assert model.load_model("lm", "bf16").lm_head.weight.dtype == torch.bfloat16
+
+def test_a_terminal_without_the_characters_of_a_text_is_no_error(micro):
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "run", "--ask", "caf\udce9 中"],
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+def test_a_long_word_does_not_cost_its_length_squared(tmp_path):
+    tokenizer, seconds = data.load_tokenizer(write_smollm2_tokenizer(tmp_path)), []
+    for n in (2_000, 16_000):
+        start = time.perf_counter()
+        tokenizer.encode("movies" * (n // 6))
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] < 30 * seconds[0] + 0.1
+
+def test_the_audit_never_holds_two_models(micro, monkeypatch):
+    alive, load_base = [], evaluate.load_base
+
+    def spy(*args):
+        gc.collect()
+        assert not [ref for ref in alive if ref() is not None]
+        net = load_base(*args)
+        alive.append(weakref.ref(net))
+        return net
+    monkeypatch.setattr(evaluate, "load_base", spy)
+    evaluate.main(["run", "--audit"])
+    assert len(alive) > 5
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_memory_is_what_autograd_keeps(kind):
+    ours, B, T, p = random_model(kind), 32, 40, 30
+    tokens, phi = torch.randint(3, 96, (B, T)), random_phi(p).requires_grad_()
+    known, saved = {w.untyped_storage().data_ptr() for w in ours.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+    expected, checkpointed = model.activation_bytes(ours.config, B, T, p, 4, True)
+    one_layer = expected / ours.config.num_hidden_layers
+    for is_checkpointing, n_bytes in ((False, expected), (True, checkpointed - one_layer)):
+        saved.clear()
+        ours.checkpointing = is_checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ours(tokens, torch.arange(B) * T, phi)
+        found = sum(n for n, _ in saved.values())
+        assert found == pytest.approx(n_bytes, rel=0.3 if is_checkpointing else 0.05)
+
+def test_the_fused_attention_of_gpus_equals_the_written_out_one():
+    q, k, v = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
+    fused = F.scaled_dot_product_attention(q, k, v, model.causal_lower_right(5, 9), enable_gqa=True)
+    assert_close(model.attend(q, k, v), fused, 1e-5)
 
 
 # ---- 9. speed ----------------------------------------------------------------------------------
