@@ -10,6 +10,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -592,8 +593,9 @@ def choose_row(run, name, needs_phi=True):
 class Run:
     """A run directory: args.json, log.csv, results.json, and a directory for each finished row.
 
-    A row is written in NAME.part, which is renamed at the end; results.json and log.csv are rebuilt
-    from the finished rows: several processes may share a run.
+    NAME.part holds what an interrupted training resumes from. A finished row is written in a
+    directory of the process's own and renamed; results.json and log.csv are rebuilt from the
+    finished rows: several processes may share a run.
     """
 
     def __init__(self, dir, args):
@@ -608,19 +610,24 @@ class Run:
         """Return the directory of an unfinished row."""
         return self.dir / f"{record.name}.part"
 
+    def own(self, record):
+        """Return this process's directory of a row's final files: others may train it too."""
+        return self.dir / f"{record.name}.{os.getpid()}.part"
+
     def finish(self, record, results):
         """Give a row its directory, and rebuild results.json. Returns the row."""
         row = {"name": record.name, **asdict(record), "code": hash_method(), **results,
                "finished": time.time()}
         if is_rank_zero():
-            part, done = self.part(record), self.dir / record.name
-            write_json(part / "row.json", row)
-            (part / "state.pt").unlink(missing_ok=True)
-            if (done / "row.json").is_file():  # another process was faster
-                shutil.rmtree(part)
-            else:
+            own, done = self.own(record), self.dir / record.name
+            write_json(own / "row.json", row)
+            if not (done / "row.json").is_file():
                 shutil.rmtree(done, ignore_errors=True)
-                part.rename(done)
+            try:
+                own.rename(done)
+            except OSError:  # another process was faster
+                shutil.rmtree(own)
+            shutil.rmtree(self.part(record), ignore_errors=True)
             self.rebuild()
         gather_objects(None)
         self.rows.append(row)

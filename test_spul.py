@@ -2,7 +2,7 @@
 
     python -m pytest                                skips a test whose peer or data is missing
     SPUL_BENCH=fp32 python -m pytest -s -k speed    one training step against transformers + PEFT
-    python test_spul.py starter DIR [NAME ...]      copy the project, the assignments' functions empty
+    python test_spul.py starter DIR [NAME ...]      a copy with empty functions to write
     python test_spul.py grade DIR                   points of a student's files, by these tests
 """
 import argparse

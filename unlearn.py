@@ -379,7 +379,9 @@ def train_row(record, bench):
         results = train(record, model, encoder, queries, base, log, args)
         model.requires_grad_(False).eval()
         phi = encoder().detach() if encoder else None
-        save_result(model, phi, results["trains"], run.part(record), bench.lm)
+        log.dir = run.own(record)
+        log.write()
+        save_result(model, phi, results["trains"], log.dir, bench.lm)
         if method.trains == "adapter" and args.dense:  # as `lora.load_base` does
             merge_lora(model)
     for split, queries in dataset.queries.items():
