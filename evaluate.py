@@ -693,7 +693,7 @@ def peak_memory():
 
 
 class Progress:
-    """Prints, at most every ten seconds, what is done and how long the rest takes."""
+    """Prints, at most every five seconds, what is done and how long the rest takes."""
 
     def __init__(self, what, total, done=0):
         self.what, self.total, self.first = what, total, done
@@ -702,7 +702,7 @@ class Progress:
     def update(self, done, text=""):
         """Print a line if it is time for one, or at the end if it has a text. Returns whether."""
         now = time.perf_counter()
-        if now - self.printed < 10 and (done < self.total or not text):
+        if now - self.printed < 5 and (done < self.total or not text):
             return False
         seconds = (now - self.start) / max(1, done - self.first) * (self.total - done)
         print(f"{self.what}  {done}/{self.total}  {text}  {seconds / 60:.1f} min left", flush=True)
