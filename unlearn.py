@@ -406,8 +406,10 @@ def describe_memory(record, model, queries, args):
 
 def save_result(model, phi, trains, dir, lm):
     """Write what was trained: phi, the adapter or all weights."""
-    state = get_model_state_dict(model, options=StateDictOptions(
-        full_state_dict=True, cpu_offload=dist.is_initialized()))  # the first process has it
+    state = None
+    if trains == "weights":  # perhaps spread over the processes: the first one gathers them
+        state = get_model_state_dict(model, options=StateDictOptions(
+            full_state_dict=True, cpu_offload=dist.is_initialized()))
     if is_rank_zero():
         if trains == "prompt":
             save_prompt(phi, dir, lm)
