@@ -3,7 +3,9 @@
 Each baseline starts from the base model, the 4-bit weights with QLoRA's adapter merged in, and
 trains all of its weights (full fine-tuning); with --tune lora it trains that adapter further
 (`unlearn.make_trainable`). `unlearn.METHODS` says what y holds on the forget set, the true answer
-or a random generic one, and which losses get base_logprobs; for the others it is None.
+or a random generic one, and which losses get base_logprobs; for the others it is None. Each loss
+returns only the parts that it uses, under the names of spul_loss. L_f is the term as it enters the
+loss: for ascent, minus the cross-entropy.
 """
 from soft_prompt import cross_entropy, kl_divergence
 

@@ -3,7 +3,7 @@
     python data.py --dataset sst2 --data-dir DATA      Table 1, what is forgotten, what leaks
 
 A query is a text with its question. It is followed by all but the last token of its answer, and has
-one answer row per token of the answer: the row whose next token that is.
+one answer row per token of the answer: the row that predicts this token.
 """
 import argparse
 import csv
@@ -74,7 +74,10 @@ def query_string(task, text):
 
 
 def encode_query(tokenizer, task, text, max_len):
-    """Return at most max_len tokens of a query: a long text loses its end, never the question."""
+    """Return at most max_len tokens of a query: a long text loses its end, never the question.
+
+    InputError if no text is left.
+    """
     # released code: cuts the whole string, so a long review can lose its question and label
     while True:
         ids = tokenizer.encode(query_string(task, text))
@@ -90,6 +93,7 @@ def encode_answer(tokenizer, task, label):
     """Return the tokens of an answer; one that is no label ends with the end-of-text token.
 
     The tokenizer sees template and label as one string: the answer is what follows the query.
+    InputError if nothing follows it, or if the answer joins the query's last token.
     """
     query = tokenizer.encode(query_string(task, "a text"))
     ids = tokenizer.encode(task.template.format(text="a text", label=label))
@@ -110,7 +114,7 @@ class Batch(NamedTuple):
 
 
 def collate(queries, index, step, device):
-    """Return the Batch of queries[i] for i in `index`, a part of the step's indices `step`.
+    """Return the Batch of queries[i] for i in `index`, a part of the step's indices, perhaps empty.
 
     Weights are counted over the whole step, so that its parts' losses add up. Texts "a b" and "c"
     with answers "yes" and "not covered" give tokens [[a, b], [c, not]], answers [1, 2, 3] and
@@ -135,9 +139,10 @@ def collate(queries, index, step, device):
 def epoch_batches(queries, batch, rng, forget_per_batch=0):
     """Return the indices of each batch's queries, for one epoch drawn with rng.
 
-    forget_per_batch = 0 shuffles both sets together, as the paper does. N > 0 takes each retain
-    example once and adds N forget examples to every batch. Queries of one batch have about the same
-    length, which saves padding.
+    forget_per_batch = 0 shuffles both sets together, as the paper does; so does N > 0 if only one
+    of them is there. Otherwise N > 0 takes each retain example once and puts N forget examples at
+    the end of every batch of `batch` in all; each of them is used about equally often. Queries of
+    one batch have about the same length, which saves padding.
     """
     forget = [i for i, query in enumerate(queries) if query.is_forget]
     others = [i for i, query in enumerate(queries) if not query.is_forget]
@@ -226,7 +231,8 @@ BYTE_LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE)}
 class ByteLevelBPE:
     """OPT's or SmolLM2's vocab.json and merges.txt, with ids as transformers gives them.
 
-    OPT starts a text with </s>. SmolLM2 adds nothing, and drops the few bytes it has no token for.
+    OPT starts a text with </s>. SmolLM2 adds nothing, and drops the few bytes it has no token for
+    before it joins the others.
     """
 
     def __init__(self, dir, has_start):

@@ -54,12 +54,15 @@ def answer_states(model, queries, phi=None, what=""):
 
 @torch.no_grad()
 def run_queries(model, compute, queries, what):
-    """Return each query's rows of compute(batch), n tensors. A batch has at most `most` tokens."""
-    device, batches, found = model.lm_head.weight.device, [[]], {}
+    """Return each query's rows of compute(batch), n tensors in the order of the queries.
+
+    Queries of similar lengths share a batch, which has at most `most` tokens, padding included.
+    """
+    device, batches, found = model.lm_head.weight.device, [], {}
     most = 1024 if device.type == "cpu" else 8192  # a CPU is fastest while they fit its cache
     lengths = [len(query.ids + query.answer) for query in queries]
     for i in sorted(range(len(queries)), key=lengths.__getitem__):
-        if lengths[i] * (len(batches[-1]) + 1) > most:
+        if not batches or lengths[i] * (len(batches[-1]) + 1) > most:
             batches.append([])
         batches[-1].append(i)
     n_processes, progress = count_processes(), Progress(what, len(queries))
@@ -89,7 +92,7 @@ def refuses(model, queries, generic, phi=None, what=""):
 
 
 def metrics(pred, y):
-    """Return {"n", "acc", "f1"} in percent for lists of n predicted and n true tokens.
+    """Return {"n", "acc", "f1"}, percent with two decimals, for n predicted and n true tokens.
 
     Any token except the true label is wrong. F1 is weighted by how often each true label occurs.
     """
@@ -533,7 +536,7 @@ class Record:
 
     @property
     def name(self):
-        """The directory of the row: the same for all seeds, except for its end."""
+        """The directory of the row, METHOD-HASH-sSEED; the hash ignores the seed."""
         used = {key: value for key, value in asdict(self.at_seed(0)).items() if value is not None}
         digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:6]
         on = "-retain" if self.base == "retain" else ""
@@ -571,10 +574,7 @@ def read_rows(runs):
 
 def find_row(rows, record):
     """Return the row of this record, or None."""
-    for row in rows:
-        if read_record(row) == record:
-            return row
-    return None
+    return next((row for row in rows if read_record(row) == record), None)
 
 
 def choose_row(run, name, needs_phi=True):

@@ -14,7 +14,10 @@ from model import (ADAPTER, InputError, Linear4bit, check_shapes, file_name, loa
 
 
 class LoraLinear(nn.Module):
-    """y = base(x) + alpha/r B A dropout(x). B starts at zero, so nothing changes at first."""
+    """y = base(x) + alpha/r B A dropout(x). B starts at zero, so nothing changes at first.
+
+    lora_A (r,in) starts as PEFT's does. The layer is in training mode if its base is.
+    """
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
@@ -23,7 +26,7 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
-        self.train(base.training)  # a loaded model is in eval mode: no dropout until train()
+        self.train(base.training)  # a loaded model is in eval mode
 
     def forward(self, x):
         low = F.dropout(x, self.dropout, self.training) @ self.lora_A.to(x.dtype).T    # (rows,r)
@@ -102,9 +105,12 @@ def save_adapter(model, dir, lm=""):
     """Write the LoRA layers as `PeftModel.from_pretrained` reads them. lm: the model's name."""
     tensors = peft_tensors(model)
     lora = next(layer for layer in model.modules() if isinstance(layer, LoraLinear))
-    targets = sorted({name.split(".")[-3] for name in tensors})
+    layers = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+    targets = {name.rpartition(".")[2] for name in layers}
+    if len(layers) < len(targets) * model.config.num_hidden_layers:
+        targets = layers  # only some of the layers of that name: PEFT needs the full names
     write_adapter(dir, tensors, "LORA", lm, r=lora.rank, lora_alpha=lora.alpha,
-                  lora_dropout=lora.dropout, target_modules=targets)
+                  lora_dropout=lora.dropout, target_modules=sorted(targets))
 
 
 # Values of PEFT's options that change the function but no tensor; others are refused by name.

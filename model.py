@@ -53,9 +53,10 @@ def quantize_nf4(w, block_size=64):
     """Return packed uint8 (ceil(n/2),) and absmax float32 (ceil(n/block_size),) of w with n values.
 
     Each block of 64 values is divided by its largest magnitude and rounded to the nearest of the
-    16 NF4 values. Two codes share a byte, the first in the high half. Bit for bit the result of
-    bitsandbytes: ties go to the lower code, and only a last, shorter block is divided by absmax;
-    full blocks are multiplied by its inverse.
+    16 NF4 values. Two codes share a byte, the first in the high half; a spare half byte and blocks
+    of zeros have code 7, the value 0. Bit for bit the result of bitsandbytes: ties go to the lower
+    code, and only a last, shorter block is divided by absmax; full blocks are multiplied by its
+    inverse.
     """
     n = w.numel()
     blocks = F.pad(w.float().reshape(-1), (0, -n % block_size)).view(-1, block_size)
@@ -157,7 +158,7 @@ class Config:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, with the mean in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight, with the mean in float32 and the result in x's dtype."""
 
     def __init__(self, D, eps):
         super().__init__()
@@ -310,16 +311,19 @@ class LanguageModel(nn.Module):
             return self.lm_head(self.states(tokens, answers, phi))
 
     def states(self, tokens, answers=None, phi=None):
-        """Return the states that lm_head reads, (N,D) or (B,T,D). Arguments: see `forward`."""
+        """Return the states that lm_head reads, (N,D) or (B,T,D). Arguments: see `forward`.
+
+        phi, in the embeddings' dtype, has positions 0 to p-1; each text has p to p+T-1. With
+        self.checkpointing, layers are recomputed in the backward pass (use_reentrant=False).
+        """
         embeds = tokens if tokens.is_floating_point() else self.embed_tokens(tokens)
         B, T, D = embeds.shape
         if phi is None:
             phi = embeds.new_zeros(0, D)
         p = len(phi)
         x = torch.cat([phi.to(embeds), embeds.flatten(0, 1)])              # (p+B*T,D)
-        of_phi = torch.arange(p, device=x.device)
-        of_text = torch.arange(p, p + T, device=x.device)
-        positions = torch.cat([of_phi, of_text.repeat(B)])                 # (p+B*T,)
+        one_text = torch.arange(p + T, device=x.device)
+        positions = torch.cat([one_text[:p], one_text[p:].repeat(B)])      # (p+B*T,)
         x, rotary = self.add_positions(x, positions, p + T)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
@@ -342,7 +346,8 @@ class Llama(LanguageModel):
     def add_positions(self, x, positions, n):
         """Return x, and cos and sin (2,rows,1,d) of the rows' positions, all below n.
 
-        RoFormer, Eq. 34; the angles are in float32.
+        RoFormer, Eq. 34. The layout is that of `rotate`. Angles are in float32, the tables in x's
+        dtype.
         """
         d = self.config.head_dim
         frequency = self.config.rope_theta ** (-torch.arange(0, d, 2, device=x.device) / d)
@@ -366,7 +371,10 @@ class OPT(LanguageModel):
         return self.final_layer_norm(x)
 
     def add_positions(self, x, positions, n):
-        """Return x plus its learned positions, all below n, and no rotary tables."""
+        """Return x plus its learned positions, all below n, and None for rotary tables.
+
+        InputError when n exceeds config.max_position_embeddings.
+        """
         most = self.config.max_position_embeddings
         if n > most:
             raise InputError(f"phi and text have {n} tokens; OPT has {most} positions; lower "
@@ -408,8 +416,9 @@ def load_model(dir, weights="nf4", device="cpu", dtype=None):
     """Return the frozen model of a checkpoint directory. InputError for files that do not fit.
 
     weights: "nf4" (every matrix except embedding and head in 4 bits), "bf16" or "fp32", to which
-    values are rounded. dtype: "bf16" or "fp32", which the others are held in; by default float32,
-    and bfloat16 with weights="bf16". Tensors are read and quantised one at a time.
+    values are rounded. dtype: "bf16" or "fp32" (default: fp32, with weights="bf16" bf16), the
+    computing dtype; what is not quantised is kept in it, unless weights="fp32". Tensors are read
+    and quantised one at a time.
     """
     dtype = dtype or ("bf16" if weights == "bf16" else "fp32")
     is_half = dtype == "bf16" and weights != "fp32"

@@ -13,6 +13,9 @@ Axes, in every file: B texts of a batch, T tokens of a text, p tokens of the sof
 rows of a batch (one per token of each text's answer), D width of the model, V words, H attention
 heads, G key/value heads, d width of a head, r rank of LoRA.
 """
+import hashlib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,7 +68,7 @@ class DirectPrompt(nn.Module):
 
 
 def prepend(phi, embeds):
-    """Return phi (p,D) followed by embeds (B,T,D), as (B,p+T,D).
+    """Return phi (p,D) followed by embeds (B,T,D), as (B,p+T,D) in the dtype of embeds.
 
     This is the definition of h(phi, x). `model.Attention` gives the same logits at a lower cost
     (a test compares both, and the gradients).
@@ -124,3 +127,9 @@ def load_prompt(dir):
     if "prompt_embeddings" not in tensors:
         raise InputError(f"{dir}: no tensor prompt_embeddings; expected a soft prompt")
     return tensors["prompt_embeddings"].float()
+
+
+def hash_prompt(dir):
+    """Return the directory's name with a hash of the phi in it."""
+    digest = hashlib.sha256(load_prompt(dir).numpy().tobytes()).hexdigest()
+    return f"{Path(dir).name}-{digest[:8]}"

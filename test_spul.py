@@ -1,7 +1,6 @@
 """Claims about the method and its code, the most important ones first.
 
     python -m pytest                                skips a test whose peer or data is missing
-    SPUL_BENCH=fp32 python -m pytest -s -k speed    one training step against transformers + PEFT
     python test_spul.py starter DIR [NAME ...]      a copy with empty functions to write
     python test_spul.py grade DIR                   points of a student's files, by these tests
 """
@@ -25,6 +24,7 @@ import time
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,77 +53,812 @@ ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared"
 
 
-# ---- 1. the method: Eq. (2) to (5), answers, and phi before every text -------------------------
+# ---- 1. one function at a time, in reading order: what the assignments are graded by -----------
+#
+# Each test is named after its function, and compares it with values worked out by hand or by a
+# slow, obvious loop.
 
-PROMPTED = [[0.5, 0.25, 0.25], [0.2, 0.3, 0.5], [0.1, 0.1, 0.8]]  # h(phi, x) at three answer rows
-BASE = [[0.6, 0.2, 0.2], [0.3, 0.3, 0.4], [0.2, 0.2, 0.6]]        # h(x)
-Y = [1, 2, 0]
+def assert_near(what, found, expected, axes=(), atol=1e-5):
+    """Compare two tensors or lists. axes: the names of their axes, for the message."""
+    found, expected = [torch.as_tensor(x).detach().double() for x in (found, expected)]
+    assert_equal(f"shape of {what}", tuple(found.shape), tuple(expected.shape))
+    if found.numel() == 0:
+        return
+    distance = torch.where(found == expected, 0.0, (found - expected).abs()).nan_to_num(math.inf)
+    largest = torch.unravel_index(distance.argmax(), distance.shape)
+    places = [f"{axis} {int(i)}" for axis, i in zip(axes, largest)]
+    name = f"{what} of {', '.join(places)}" if places else what
+    assert distance.max() <= atol, (
+        f"{name}: {distance.max():.2g} away ({found[largest]:.4g}; expected "
+        f"{expected[largest]:.4g}); {atol:g} allowed")
 
-def loss_by_name(name, w_forget=(1, 0, 0), w_retain=(0, 0.5, 0.5), alpha=0.5, beta=0.1):
-    """Return a method's loss on the three rows, its parts and the gradient of the logits."""
-    logits = (torch.tensor(PROMPTED).log() + 7).requires_grad_()  # a constant changes no softmax
-    loss, parts = unlearn.METHODS[name].loss(
-        logits, torch.tensor(BASE).log(), torch.tensor(Y), torch.tensor(w_forget),
-        torch.tensor(w_retain), alpha, beta)
-    loss.backward()
-    return loss.item(), {key: part.item() for key, part in parts.items()}, logits.grad
+def assert_equal(what, found, expected):
+    assert found == expected, f"{what}: {found}; expected {expected}"
 
-def kl_by_hand(p, q):
-    """Return KL(p || q) of two lists of probabilities."""
-    return sum(p_i * math.log(p_i / q_i) for p_i, q_i in zip(p, q))
+@contextmanager
+def raises_input_error(when):
+    """Check that the block raises InputError."""
+    try:
+        yield
+    except InputError:
+        return
+    raise AssertionError(f"no InputError {when}")
 
-KL_BY_HAND = [kl_by_hand(p, q) for p, q in zip(PROMPTED, BASE)]
+def random_numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-def test_the_spul_loss_equals_equations_2_to_5_computed_by_hand():
-    loss, parts, _ = loss_by_name("spul")  # one forget and two retain examples of one token each
-    L_f = -math.log(0.25)
-    L_r = -(math.log(0.5) + math.log(0.1)) / 2
-    L_kl = (KL_BY_HAND[1] + KL_BY_HAND[2]) / 2
-    assert parts == pytest.approx({"L_f": L_f, "L_r": L_r, "L_kl": L_kl}, rel=1e-5)
-    assert loss == pytest.approx(L_f + 0.5 * L_r + 0.1 * L_kl, rel=1e-5)
+def softmax_by_hand(logits):
+    """Return the probabilities of a list of logits."""
+    exps = [math.exp(z - max(logits)) for z in logits]
+    return [e / sum(exps) for e in exps]
 
-def test_an_answer_of_several_tokens_has_its_whole_probability_in_the_loss():
-    a, b, c, yes, no, covered = range(1, 7)
-    queries = [Query((a, b), (yes,), False), Query((c,), (no, covered), True),
-               Query((a, b, c, a), (no,), False)]
-    batch = data.collate(queries, [0, 1, 2], [0, 1, 2], "cpu")
-    assert batch.tokens.tolist() == [[a, b, 0, 0], [c, no, 0, 0], [a, b, c, a]]
-    assert batch.answers.tolist() == [1, 4, 5, 11]
-    assert batch.y.tolist() == [yes, no, covered, no]
-    assert batch.w_forget.tolist() == [0, 1, 1, 0] and batch.w_retain.tolist() == [0.5, 0, 0, 0.5]
-    part = data.collate(queries, [1, 2], [0, 1, 2], "cpu")  # its weights are the step's
-    assert part.w_forget.tolist() == [1, 1, 0] and part.w_retain.tolist() == [0, 0, 0.5]
-    batch = data.collate(queries[:2], [0, 1], [0, 1], "cpu")
-    assert (batch.tokens.tolist(), batch.answers.tolist()) == ([[a, b], [c, no]], [1, 2, 3])
-    _, parts, _ = loss_by_name("spul", batch.w_forget.tolist(), batch.w_retain.tolist())
-    expected = {"L_f": -math.log(0.5 * 0.1), "L_r": -math.log(0.25), "L_kl": KL_BY_HAND[0]}
-    assert parts == pytest.approx(expected, rel=1e-5)
+# Three answer rows over four words: their logits with and without phi, targets and weights.
+LOGITS = [[2.0, 0.5, -1.0, 0.0], [0.0, 1.0, 3.0, -2.0], [-1.0, 0.5, 0.5, 1.5]]
+BASE_LOGPROBS = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.4, 0.1], [0.25] * 4]).log()
+TARGETS = torch.tensor([1, 2, 0])
+W_FORGET, W_RETAIN = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.25, 0.5])
+ROW_WORD = ("row", "word")
 
-def test_the_kl_divergence_is_that_of_the_prompted_from_the_base_distribution():
-    p, q = [0.95, 0.05], [0.4, 0.6]
-    found, zero = soft_prompt.kl_divergence(
-        torch.tensor([p, q]).log(), torch.tensor([q, q]).log()).tolist()
-    assert found == pytest.approx(kl_by_hand(p, q), rel=1e-5) and abs(zero) < 1e-6
-    assert abs(found - kl_by_hand(q, p)) > 0.1  # the released code's direction
+def losses_by_hand():
+    """Return -log h(y|x) and the KL divergence (N,) of LOGITS, and their gradients (N,V)."""
+    p = torch.tensor([softmax_by_hand(row) for row in LOGITS], dtype=torch.float64)
+    log_ratio = p.log() - BASE_LOGPROBS.double()
+    kl = (p * log_ratio).sum(-1)
+    ce = -p[range(3), TARGETS].log()
+    return ce, kl, p - F.one_hot(TARGETS, 4), p * (log_ratio - kl[:, None])
 
-def test_the_baselines_are_made_of_the_same_terms():
-    L_f, L_r, L_kl = loss_by_name("spul")[1].values()
-    for name, expected in {"ga": -L_f, "rl": L_f, "ga+kl": -L_f + 0.1 * L_kl,
-                           "ga+gd": -L_f + 0.5 * L_r, "qlora": L_r}.items():
-        assert loss_by_name(name)[0] == pytest.approx(expected, rel=1e-5), name
-    ascent = [-0.5, 0.75, -0.25]  # -(softmax - one-hot) of the forget example
-    assert loss_by_name("ga")[2].flatten().tolist() == pytest.approx(ascent + [0] * 6, abs=1e-6)
+CE, KL, CE_GRADIENT, KL_GRADIENT = losses_by_hand()
 
-@pytest.mark.parametrize("name", unlearn.METHODS)
-@pytest.mark.parametrize("forget", [True, False])
-def test_a_part_without_examples_is_zero_and_gradients_are_finite(name, forget):
-    all_rows, none = [1 / 3] * 3, [0.0] * 3
-    w_forget, w_retain = (all_rows, none) if forget else (none, all_rows)
-    loss, parts, gradient = loss_by_name(name, w_forget, w_retain)
-    absent = {"L_r", "L_kl", "L_ce"} if forget else {"L_f"}
-    assert math.isfinite(loss) and gradient.isfinite().all()
-    for key, value in parts.items():
-        assert (value == 0) == (key in absent), key
+@pytest.mark.parametrize("name, other, expected, gradient", [
+    ("cross_entropy", TARGETS, CE, CE_GRADIENT), ("kl_divergence", BASE_LOGPROBS, KL, KL_GRADIENT)])
+def test_loss_term_of_each_row_in_float32_and_its_gradient(name, other, expected, gradient):
+    function, logits = getattr(soft_prompt, name), torch.tensor(LOGITS, requires_grad=True)
+    found = function(logits, other)
+    assert_near(name, found, expected, ["row"])
+    found.sum().backward()
+    assert_near(f"gradient of {name}", logits.grad, gradient, ROW_WORD)
+    half = function(torch.tensor(LOGITS).bfloat16(), other)  # bf16 holds these logits exactly
+    assert_equal("dtype for logits in bf16", half.dtype, torch.float32)
+    assert_near(f"{name} of logits in bf16", half, expected, ["row"])
+    shifted = function(torch.tensor(LOGITS) + 100, other)  # exp(100) is too large for float32
+    assert_near(f"{name} of logits + 100", shifted, expected, ["row"], 1e-4)
+
+def check_loss(name, loss, forget, retain=0.0, kl=0.0, base_logprobs=None):
+    """Check a loss with alpha = 0.5, beta = 0.1. forget, retain, kl: the terms' factors in it."""
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    found, parts = loss(logits, base_logprobs, TARGETS, W_FORGET, W_RETAIN, 0.5, 0.1)
+    w_ce, w_kl = forget * W_FORGET + retain * W_RETAIN, kl * W_RETAIN
+    assert_near(f"{name}: loss", found, (w_ce * CE + w_kl * KL).sum())
+    expected = {"L_f": forget * (W_FORGET * CE).sum()}
+    if retain:
+        expected["L_r"] = (W_RETAIN * CE).sum()
+    if kl:
+        expected["L_kl"] = (W_RETAIN * KL).sum()
+    assert_equal(f"{name}: names of the parts", sorted(parts), sorted(expected))
+    for part, value in expected.items():
+        assert_near(f"{name}: {part}", parts[part], value)
+    found.backward()
+    gradient = w_ce[:, None] * CE_GRADIENT + w_kl[:, None] * KL_GRADIENT
+    assert_near(f"{name}: gradient", logits.grad, gradient, ROW_WORD)
+
+def test_spul_loss_is_the_weighted_sum_of_equations_2_to_5_with_its_gradient():
+    check_loss("SPUL", soft_prompt.spul_loss, 1, 0.5, 0.1, BASE_LOGPROBS)
+    _, parts = soft_prompt.spul_loss(torch.tensor(LOGITS), BASE_LOGPROBS, TARGETS, torch.zeros(3),
+                                     W_RETAIN, 0.5, 0.1)
+    assert_near("L_f without forget examples", parts["L_f"], 0.0)
+
+def test_PromptEncoder_is_an_embedding_and_three_linear_layers():
+    torch.manual_seed(0)
+    encoder = soft_prompt.PromptEncoder(3, 4, hidden=5)
+    assert encoder().ne(0).all(), "phi is zero at the start"
+    E, W1, b1, W2, b2, W3, b3 = [w.detach().double() for w in encoder.parameters()]
+    assert_equal("shapes of E, W1, W2 and W3", [tuple(w.shape) for w in (E, W1, W2, W3)],
+                 [(3, 4), (5, 4), (5, 5), (4, 5)])
+    hidden = (W1 @ E.T + b1[:, None]).clamp(min=0)                            # (hidden,p)
+    hidden = (W2 @ hidden + b2[:, None]).clamp(min=0)
+    assert_near("phi", encoder(), (W3 @ hidden + b3[:, None]).T, ("token", "value"))
+    with torch.device("meta"):
+        encoder = soft_prompt.PromptEncoder(30, 4096)
+    n_params = sum(w.numel() for w in encoder.parameters())
+    assert_equal("trainable parameters of LLaMA-2-7B's encoder", n_params, 1_192_192)
+
+def test_PromptEncoder_starts_at_init_and_its_tokens_can_move_apart():
+    init = random_numbers(3, 4).bfloat16()
+    encoder = soft_prompt.PromptEncoder(3, 4, 5, init)
+    phi = encoder()
+    assert_equal("dtype of phi", phi.dtype, torch.float32)
+    assert_near("phi at the start", phi, init, ("token", "value"), atol=0)
+    params = list(encoder.parameters())  # init is none of them
+    assert_equal("number of trained tensors", len(params), 7)
+    params[-2].data += random_numbers(4, 5)
+    assert (encoder() - init.float()).std(0).gt(1e-3).all(), "all tokens of phi move together"
+
+def test_DirectPrompt_is_init_plus_unit_times_its_parameters():
+    direct = soft_prompt.DirectPrompt(torch.tensor([[1.0, 2.0]]), 0.25)
+    direct.free.data = torch.tensor([[4.0, -8.0]])
+    phi = direct()
+    assert_near("phi", phi, [[2.0, 0.0]], ("token", "value"))
+    phi.backward(torch.tensor([[1.0, 3.0]]))
+    assert_near("gradient of the parameters", direct.free.grad, [[0.25, 0.75]])
+
+def test_prepend_puts_phi_before_every_text():
+    phi, embeds = random_numbers(2, 3), random_numbers(4, 5, 3, seed=1).bfloat16()
+    found = soft_prompt.prepend(phi, embeds)
+    expected = torch.stack([torch.cat([phi.bfloat16(), text]) for text in embeds])
+    assert_equal("dtype", found.dtype, torch.bfloat16)
+    assert_near("phi and embeddings", found, expected, ("text", "position", "value"), atol=0)
+
+@pytest.mark.parametrize("name, forget, retain, kl", [
+    ("ga_loss", -1, 0, 0), ("rl_loss", 1, 0, 0), ("ga_kl_loss", -1, 0, 0.1),
+    ("ga_gd_loss", -1, 0.5, 0)])
+def test_baseline_losses_their_parts_and_gradients(name, forget, retain, kl):
+    base_logprobs = BASE_LOGPROBS if kl else None
+    check_loss(name, getattr(baselines, name), forget, retain, kl, base_logprobs)
+
+def bytes_of_codes(codes):
+    """Return the bytes of NF4 codes: two in each, the first in the high half."""
+    codes = codes + [7] * (len(codes) % 2)
+    return [16 * codes[i] + codes[i + 1] for i in range(0, len(codes), 2)]
+
+def test_quantize_nf4_codes_scales_and_bytes():
+    above = torch.nextafter(model.MIDPOINTS[3], torch.tensor(1.0))
+    one = torch.zeros(64)  # every value, every midpoint (a tie), and one just above a tie
+    one[:32] = torch.cat([model.NF4.flip(0), model.MIDPOINTS, above[None]])
+    two = F.pad(torch.tensor([-3.0, 1.5]), (0, 62))  # the largest magnitude is negative
+    short = torch.tensor([0.25, -0.5])
+    w = torch.cat([2 * one, two, short]).view(10, 13)
+    codes = [*range(15, -1, -1), *range(15), 4] + [7] * 32 + [0, 12] + [7] * 62 + [12, 0]
+    packed, absmax = model.quantize_nf4(w)
+    assert_equal("dtypes", (packed.dtype, absmax.dtype), (torch.uint8, torch.float32))
+    assert_near("absmax", absmax, [2.0, 3.0, 0.5], ["block"], atol=0)
+    assert_near("packed", packed, bytes_of_codes(codes), ["byte"], atol=0)
+    packed, absmax = model.quantize_nf4(torch.tensor([0.25, -0.5, 0.5]))  # a spare half byte: 7
+    assert_near("packed of three values", packed, bytes_of_codes([12, 0, 15]), ["byte"], atol=0)
+    packed, absmax = model.quantize_nf4(torch.zeros(64))
+    assert_near("absmax of zeros", absmax, [0.0], atol=0)
+    assert_near("packed of zeros", packed, [0x77] * 32, ["byte"], atol=0)
+
+def test_quantize_nf4_multiplies_full_blocks_by_1_over_absmax_and_divides_a_short_one():
+    near_tie = [3.0, 3 * model.MIDPOINTS[11].item()]  # rounded up by 1/3, a tie by division
+    packed, _ = model.quantize_nf4(torch.tensor(near_tie + [0.0] * 62 + near_tie))
+    assert_near("packed", packed, [0xfc] + [0x77] * 31 + [0xfb], ["byte"], atol=0)
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_nf4_looks_up_each_code_and_scales_its_block(dtype):
+    codes = random.Random(0).choices(range(16), k=143)
+    absmax = torch.tensor([2.0, 0.3, 5.0])
+    values = [model.NF4[code] * absmax[i // 64] for i, code in enumerate(codes)]
+    packed = torch.tensor(bytes_of_codes(codes), dtype=torch.uint8)
+    found = model.dequantize_nf4(packed, absmax, torch.Size([11, 13]), dtype)
+    assert_equal("dtype", found.dtype, dtype)
+    assert_near("weights", found, torch.stack(values).to(dtype).view(11, 13), ("row", "column"),
+                atol=0)
+
+def test_MatMul4bit_is_x_W_transposed_and_keeps_no_copy_of_W():
+    W, kept = random_numbers(6, 6), []
+    layer = SimpleNamespace(dequantize=lambda dtype: W.to(dtype, copy=True))
+    x, gradient = random_numbers(2, 6, seed=1), random_numbers(2, 6, seed=2)
+    expected = [[sum(x[i, k] * W[j, k] for k in range(6)) for j in range(6)] for i in range(2)]
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda w: kept.append(w.numel()), lambda w: w):
+        y = model.MatMul4bit.apply(x, layer)
+    assert_near("x W.T", y, expected, ("row", "output"))
+    assert max([0, *kept]) < 36, "autograd keeps a dense copy of W for the backward pass"
+    y.backward(gradient)
+    expected = [[sum(gradient[i, j] * W[j, k] for j in range(6)) for k in range(6)]
+                for i in range(2)]
+    assert_near("gradient of x", x.grad, expected, ("row", "input"))
+
+def test_RMSNorm_divides_by_the_root_of_the_mean_square_plus_eps_in_float32():
+    norm = model.RMSNorm(4, eps=0.5)
+    norm.weight.data = torch.tensor([1.0, 2.0, -1.0, 0.5])
+    x = random_numbers(3, 4)
+    expected = torch.zeros(3, 4)
+    for i in range(3):
+        scale = math.sqrt(sum(x[i, j].item() ** 2 for j in range(4)) / 4 + 0.5)
+        for j in range(4):
+            expected[i, j] = x[i, j] / scale * norm.weight[j].item()
+    assert_near("norm", norm(x), expected, ("row", "value"))
+    x = torch.tensor([[300.0, -300.0, 300.0, 0.0]]).half()  # 300^2 is too large for float16
+    y = norm.half()(x)
+    assert_equal("dtype for x in float16", y.dtype, torch.float16)
+    expected = [[1.1547, -2.3094, -1.1547, 0.0]]
+    assert_near("norm of x in float16", y, expected, ("row", "value"), 2e-3)
+
+def test_rotate_turns_each_pair_of_x_i_and_x_i_plus_half_by_its_angle():
+    x, angle = random_numbers(3, 2, 6), random_numbers(3, 3, seed=1)               # (rows,d/2)
+    expected = torch.zeros(3, 2, 6)
+    for row in range(3):
+        for i in range(3):
+            cos, sin = math.cos(angle[row, i]), math.sin(angle[row, i])
+            first, second = x[row, :, i], x[row, :, i + 3]
+            expected[row, :, i] = cos * first - sin * second
+            expected[row, :, i + 3] = sin * first + cos * second
+    rotary = torch.stack([torch.cat([angle.cos()] * 2, -1),
+                          torch.cat([-angle.sin(), angle.sin()], -1)])[:, :, None]
+    assert_near("rotated x", model.rotate(x, rotary), expected, ("row", "head", "value"))
+
+def small_config(kind="llama", **changes):
+    return model.Config(kind, vocab_size=11, hidden_size=6, intermediate_size=8,
+                        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+                        head_dim=4, rope_theta=100.0, **changes)
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 4e-3)])
+def test_add_positions_of_Llama_are_cosines_and_sines_of_float32_angles(dtype, atol):
+    net = model.build(small_config())
+    positions = torch.tensor([0, 1, 2, 2, 3, 299])  # rows of several texts, in any order
+    x = random_numbers(6, 6).to(dtype)
+    y, rotary = net.add_positions(x, positions, 300)
+    assert_near("x (no position is added to it)", y, x, atol=0)
+    assert_equal("dtype of the tables", rotary.dtype, dtype)
+    expected = torch.zeros(2, 6, 1, 4)
+    for row, position in enumerate(positions.tolist()):
+        for i in range(2):
+            angle = position * 100.0 ** (-2 * i / 4)
+            expected[0, row, 0, [i, i + 2]] = math.cos(angle)
+            expected[1, row, 0, i] = -math.sin(angle)
+            expected[1, row, 0, i + 2] = math.sin(angle)
+    assert_near("cos and sin", rotary, expected, ("table", "row", "head", "value"), atol)
+
+def test_add_positions_of_OPT_adds_row_i_plus_2_of_its_table():
+    net = model.build(small_config("opt", max_position_embeddings=5))
+    x, positions = random_numbers(4, 6), torch.tensor([0, 1, 1, 4])
+    table = net.embed_positions.weight
+    y, rotary = net.add_positions(x, positions, 5)
+    expected = torch.stack([x[0] + table[2], x[1] + table[3], x[2] + table[3], x[3] + table[6]])
+    assert_near("x plus positions", y, expected, ("row", "value"))
+    assert_equal("rotary tables", rotary, None)
+    with raises_input_error("for n = 6 with a table of 5 positions"):
+        net.add_positions(x, positions, 6)
+
+def attention_by_hand(q, k, v):
+    """Return attention (H,T,d) of q over k and v (G,S,d), one head and position at a time."""
+    q, k, v = q.double(), k.double(), v.double()
+    (H, T, d), (G, S, _) = q.shape, k.shape
+    y = torch.zeros(H, T, d, dtype=torch.float64)
+    for h in range(H):
+        g = h // (H // G)  # neighbouring query heads share a key/value head
+        for t in range(T):
+            n_seen = S - T + t + 1  # all before the text, then the text up to t
+            scores = [q[h, t].dot(k[g, s]).item() / math.sqrt(d) for s in range(n_seen)]
+            for s, weight in enumerate(softmax_by_hand(scores)):
+                y[h, t] += weight * v[g, s]
+    return y
+
+@pytest.mark.parametrize("H, G, T, S", [(4, 4, 3, 3), (4, 2, 3, 5), (6, 2, 1, 4), (3, 1, 2, 2)])
+def test_attend_is_causal_softmax_attention_with_shared_key_value_heads(H, G, T, S):
+    q = 2 * random_numbers(2, H, T, 8)
+    k, v = random_numbers(2, G, S, 8, seed=1), random_numbers(2, G, S, 8, seed=2)
+    expected = torch.stack([attention_by_hand(q[b], k[b], v[b]) for b in range(2)])
+    assert_near("attention", model.attend(q, k, v), expected, ("text", "head", "query", "value"))
+    inputs = [x[:1, :, :, :2].double().requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(model.attend, inputs)
+
+@pytest.mark.parametrize("p, is_rotary", [(0, True), (2, True), (2, False)])
+def test_Attention_lets_phi_see_itself_and_a_text_see_phi_and_itself(p, is_rotary):
+    torch.manual_seed(0)
+    layer, B, T = model.Attention(small_config(), "o_proj", bias=True).double(), 2, 3
+    x = random_numbers(p + B * T, 6).double()
+    q, k, v = [F.linear(x, part.weight, part.bias).view(len(x), -1, 4)
+               for part in (layer.q_proj, layer.k_proj, layer.v_proj)]
+    rotary = None
+    if is_rotary:  # turn each row by 0 or 180 degrees
+        signs = torch.tensor([-1.0, 1.0, 1.0, 1.0] * 2).double()[:len(x), None, None]
+        rotary = torch.stack([signs.expand(-1, 1, 4), torch.zeros(len(x), 1, 4).double()])
+        q, k = q * signs, k * signs
+    y = torch.zeros(len(x), 16).double()
+    for b in range(B):
+        rows = [*range(p), *range(p + b * T, p + (b + 1) * T)]  # phi, then this text
+        seen = attention_by_hand(*[part[rows].transpose(0, 1) for part in (q, k, v)])
+        y[rows] = seen.transpose(0, 1).reshape(len(rows), 16)
+    expected = F.linear(y, layer.o_proj.weight, layer.o_proj.bias)
+    assert_near("attention", layer(x, rotary, p, T), expected, ("row", "value"))
+    assert torch.autograd.gradcheck(lambda x: layer(x, rotary, p, T), x.requires_grad_())
+
+class DoublingLayer(nn.Module):
+    """Takes the place of a layer or norm: doubles x, and keeps what else it was given."""
+    n_calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.two = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x, *others):
+        self.others = others
+        self.n_calls += 1
+        return self.two * x
+
+@pytest.mark.parametrize("p", [0, 2])
+def test_LanguageModel_states_are_those_of_the_answer_rows_after_phi(p):
+    net = model.build(small_config())
+    net.layers, net.norm = nn.ModuleList([DoublingLayer(), DoublingLayer()]), DoublingLayer()
+    net.add_positions = lambda x, positions, n: (
+        x + (10.0 ** positions[:, None] + n).to(x.dtype), "rotary")
+    tokens, answers = torch.tensor([[3, 1, 4], [1, 5, 9]]), torch.tensor([1, 2, 5])
+    phi = random_numbers(p, 6) if p else None
+    expected = torch.zeros(2, 3, 6)
+    for b in range(2):
+        for t in range(3):  # position p + t of p + 3; two layers and the norm double it
+            expected[b, t] = 8 * (net.embed_tokens.weight[tokens[b, t]] + 10 ** (p + t) + p + 3)
+    rows = torch.stack([expected[0, 1], expected[0, 2], expected[1, 2]])
+    found = net.states(tokens, None, phi)
+    assert_near("states", found, expected, ("text", "position", "value"), 0.1)
+    assert_equal("what a layer is given beside x", net.layers[1].others, ("rotary", p, 3))
+    for x in (tokens, net.embed_tokens(tokens)):  # or their embeddings
+        assert_near("states", net.states(x, answers, phi), rows, ("answer row", "value"), 0.1)
+    net.checkpointing, n_calls = True, net.layers[1].n_calls
+    net.states(tokens, answers, phi).sum().backward()
+    assert_equal("calls of a layer with checkpointing", net.layers[1].n_calls - n_calls, 2)
+    half = net.bfloat16().states(tokens, answers, phi)
+    assert_equal("dtype of the states of a bf16 model", half.dtype, torch.bfloat16)
+
+def make_lora(base, dropout=0.0):
+    """Return a LoraLinear of rank 2 and alpha 6 with A = [[1,2,0],[0,1,3]] and B = 1 ... 6."""
+    layer = lora.LoraLinear(base, 2, 6, dropout)
+    layer.lora_A.data = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]])
+    layer.lora_B.data = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    return layer
+
+UPDATE = 3.0 * torch.tensor([[1.0, 4.0, 6.0], [3.0, 10.0, 12.0], [5.0, 16.0, 18.0]])  # 6/2 B A
+
+def test_LoraLinear_starts_as_its_base_with_a_random_A_and_a_B_of_zeros():
+    base, x = nn.Linear(64, 24), random_numbers(5, 64)
+    layer = lora.LoraLinear(base, 8, 16, 0.5)
+    assert_near("B at the start", layer.lora_B, torch.zeros(24, 8), ("output", "r"), atol=0)
+    assert_equal("shape of A", tuple(layer.lora_A.shape), (8, 64))
+    assert_near("mean square of A, 1 / (3 in)", layer.lora_A.square().mean(), 1 / 192, atol=1e-3)
+    assert layer.lora_A.abs().max() <= 1 / 8, "A exceeds 1 / sqrt(in), PEFT's bound"
+    assert_near("output at the start, in training", layer(x), base(x), ("row", "output"), atol=1e-6)
+    assert_equal("trained tensors", sorted(name for name, w in layer.named_parameters()
+                 if not name.startswith("base.")), ["lora_A", "lora_B"])
+
+def test_LoraLinear_adds_alpha_over_r_times_B_A_x():
+    base, x = nn.Linear(3, 3), random_numbers(4, 3)
+    expected = base(x) + x @ UPDATE.T
+    assert_near("output", make_lora(base)(x), expected, ("row", "output"), 1e-4)
+
+def test_LoraLinear_drops_from_its_own_input_only_and_not_from_the_base_s():
+    torch.manual_seed(0)
+    base, x = nn.Linear(3, 3), torch.ones(400, 3)
+    layer = lora.LoraLinear(base, 3, 6, 0.25)
+    layer.lora_A.data = layer.lora_B.data = torch.eye(3)
+    dropped = (layer(x) - base(x)) / 2
+    kept = dropped > 0.5
+    assert_near("dropout(x): 0, or x / 0.75", dropped, kept / 0.75, ("row", "input"))
+    assert_near("share that is kept", kept.double().mean(), 0.75, atol=0.06)
+    assert_near("output in eval mode", layer.eval()(x), base(x) + 2 * x, ("row", "output"))
+    is_training = lora.LoraLinear(base.eval(), 3, 6, 0.25).training
+    assert_equal("training mode on a base in eval mode", is_training, False)
+
+@pytest.mark.parametrize("targets, names", [
+    (("q_proj", "v_proj"), "q_proj v_proj"), (("layers.0.self_attn.k_proj",), "k_proj"),
+    (("all",), "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj")])
+def test_add_lora_wraps_the_named_layers_and_returns_their_A_and_B(targets, names):
+    net = model.build(small_config()).requires_grad_(False)
+    with raises_input_error("for a target that the model does not have"):
+        lora.add_lora(net, 2, 6, 0.1, ("query",))
+    params = lora.add_lora(net, 2, 6, 0.1, targets)
+    wrapped = {name: m for name, m in net.named_modules() if isinstance(m, lora.LoraLinear)}
+    found = sorted(name.split(".")[-1] for name in wrapped)
+    assert_equal("wrapped layers", found, names.split())
+    assert_equal("rank and alpha", {(m.rank, m.alpha) for m in wrapped.values()}, {(2, 6)})
+    trained = {w for w in net.parameters() if w.requires_grad}
+    assert_equal("number of A and B", len(params), 2 * len(wrapped))
+    assert set(params) == trained, "the returned parameters are not those that require gradients"
+
+def test_merge_lora_adds_the_update_to_the_dequantised_weights():
+    net = model.build(small_config()).requires_grad_(False)
+    attention, dense, bias = net.layers[0].self_attn, nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+    W, before = random_numbers(3, 3, seed=1), dense.weight.detach().clone()
+    four_bit = [model.Linear4bit(random_numbers(3, 3), bias) for _ in range(2)]
+    for layer in four_bit:
+        layer.dequantize = W.to
+    attention.q_proj, attention.k_proj = make_lora(four_bit[0]), four_bit[1]
+    attention.v_proj = make_lora(dense)
+    assert lora.merge_lora(net) is net
+    for name, expected in {"q_proj": W + UPDATE, "v_proj": before + UPDATE, "k_proj": W}.items():
+        layer = getattr(attention, name)
+        assert_equal(f"{name} after merging", type(layer), nn.Linear)
+        assert_near(f"weight of {name}", layer.weight, expected, ("output", "input"))
+    assert attention.q_proj.bias is bias, "the bias is lost"
+    assert_equal("dtype", lora.merge_lora(net, torch.bfloat16).lm_head.weight.dtype, torch.bfloat16)
+
+class WordTokenizer:
+    """Splits at spaces and gives each new word the next id, after a start token 1."""
+    eos = 0
+
+    def __init__(self):
+        self.ids = {}
+
+    def encode(self, text):
+        return [1] + [self.ids.setdefault(word, len(self.ids) + 2) for word in text.split()]
+
+TASK = data.Task("Text: {text}\n\nQuestion: which mood?\n\nMood: {label}", ("good", "not bad"), ())
+
+def test_encode_query_cuts_a_long_text_and_never_the_question():
+    tokenizer = WordTokenizer()
+    whole = tokenizer.encode("Text: w0 w1 w2 w3 w4 w5 w6 w7 w8 w9 Question: which mood? Mood:")
+    text = " ".join(f"w{i}" for i in range(10))
+    found = data.encode_query(tokenizer, TASK, text, 16)
+    assert_equal("a query that fits", found, tuple(whole))
+    found = data.encode_query(tokenizer, TASK, text, 12)
+    n = len(found) - 6  # start token, "Text:" and the four words of the question
+    assert 4 <= n <= 6, f"{n} of ten words are left; there is room for six"
+    assert_equal("a cut query", found, (*whole[:n + 2], *whole[-4:]))
+    with raises_input_error("when the question leaves no room for the text"):
+        data.encode_query(tokenizer, TASK, text, 6)
+
+def test_encode_answer_is_what_follows_the_query_and_ends_if_it_is_free():
+    tokenizer = WordTokenizer()
+    good, no, bad = tokenizer.encode("good not bad")[1:]
+    assert_equal("tokens of good", data.encode_answer(tokenizer, TASK, "good"), (good,))
+    assert_equal("tokens of not bad", data.encode_answer(tokenizer, TASK, "not bad"), (no, bad))
+    free = data.encode_answer(tokenizer, TASK._replace(labels=()), "not bad")
+    assert_equal("tokens of a free answer", free, (no, bad, 0))
+    for template, label in [("{text} {label}", " "), ("{text}{label}", "ual one")]:
+        with raises_input_error(f"for the answer {label!r} after the template {template!r}"):
+            data.encode_answer(tokenizer, TASK._replace(template=template), label)
+
+def load_small_bpe(dir, start, merges):
+    """Return a byte-level BPE whose tokens are `start`, ASCII, the bytes of é, merges."""
+    letters = [data.BYTE_LETTERS[byte] for byte in [*range(32, 127), 0xc3, 0xa9]]
+    tokens = start + letters + [merge.replace(" ", "") for merge in merges]
+    model.write_json(dir / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    (dir / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    return data.load_tokenizer(dir)
+
+OPT_START, SMOLLM2_START = ["<s>", "<pad>", "</s>"], ["<|im_start|>", "<|im_end|>"]
+
+@pytest.mark.parametrize("word, pieces", [
+    ("abc", ["abc"]), ("abcab", ["abc", "ab"]), ("bcabb", ["bc", "ab", "b"]),
+    ("ccccc", ["cc", "cc", "c"]), ("bccc", ["bc", "cc"]), ("bcc", ["bcc"]), ("xy", ["x", "y"]),
+    ("é", ["Ã", "©"]), ("a\x04b", ["ab"]), ("", [])])
+def test_ByteLevelBPE_encode_word_joins_the_first_pair_of_merges_txt_everywhere(
+        word, pieces, tmp_path):
+    tokenizer = load_small_bpe(tmp_path, SMOLLM2_START, ["b c", "a b", "a bc", "c c", "bc c"])
+    found = [tokenizer.piece(i) for i in tokenizer.encode_word(word)]
+    assert_equal(f"pieces of {word!r}", found, pieces)
+
+@pytest.mark.parametrize("text, opt, smollm2", [
+    ("ab 19", "ab Ġ19", "ab Ġ 1 9"), (" ab  ab", "Ġab Ġ Ġab", "Ġab Ġ Ġab"),
+    ("ab's!?", "ab 's ! ?", "ab 's ! ?"), ("aé b", "a Ã © Ġ b", "a Ã © Ġ b"), ("", "", "")])
+def test_ByteLevelBPE_encode_cuts_a_text_into_words_first(text, opt, smollm2, tmp_path):
+    merges = ["1 9", "a b", "Ġ ab", "Ġ 19", "b Ġ", "' s", "s !"]
+    for start, begin, pieces in [(OPT_START, "</s> ", opt), (SMOLLM2_START, "", smollm2)]:
+        tokenizer = load_small_bpe(tmp_path, start, merges)
+        tokenizer.encode("b")  # one text does not change the next one
+        found = [tokenizer.piece(i) for i in tokenizer.encode(text)]
+        assert_equal(f"pieces of {text!r}", found, (begin + pieces).split())
+
+def test_collate_marks_the_answer_rows_of_padded_texts_and_weighs_a_lone_forget_example():
+    queries = [Query((5, 6, 7), (8,), False), Query((5,), (9, 8, 7), True),
+               Query((6, 5), (4, 9), False), Query((4,), (4,), False)]
+    batch = data.collate(queries, [2, 1], [0, 1, 2, 3], "cpu")  # a part of a step of four
+    assert_near("tokens", batch.tokens, [[6, 5, 4], [5, 9, 8]], ("text", "position"), atol=0)
+    assert_near("answers", batch.answers, [1, 2, 3, 4, 5], ["answer row"], atol=0)
+    assert_near("y", batch.y, [4, 9, 9, 8, 7], ["answer row"], atol=0)
+    assert_near("w_forget", batch.w_forget, [0, 0, 1, 1, 1], ["answer row"])
+    assert_near("w_retain", batch.w_retain, [1 / 3, 1 / 3, 0, 0, 0], ["answer row"])
+    batch = data.collate(queries, [3, 0], [3, 0], "cpu")  # padded, and without forget examples
+    assert_near("tokens", batch.tokens, [[4, 0, 0], [5, 6, 7]], ("text", "position"), atol=0)
+    assert_near("answers", batch.answers, [0, 5], ["answer row"], atol=0)
+    assert_near("weights", torch.stack(batch[3:]), [[0, 0], [0.5, 0.5]], ("weight", "answer row"))
+    batch = data.collate(queries, [], [0, 1], "cpu")  # a process's share may be empty
+    assert_equal("texts and rows of an empty share", (len(batch.tokens), len(batch.y)), (0, 0))
+
+def test_collate_gives_an_answer_of_several_tokens_its_whole_probability_in_the_loss():
+    a, b, c, no, covered, yes = range(6)  # "a b" -> "yes" and, to forget, "c" -> "no covered"
+    queries = [Query((a, b), (yes,), False), Query((c,), (no, covered), True)]
+    batch = data.collate(queries, [0, 1], [0, 1], "cpu")
+    found = batch.tokens.tolist(), batch.answers.tolist(), batch.y.tolist()
+    assert_equal("tokens, answers, y", found, ([[a, b], [c, no]], [1, 2, 3], [yes, no, covered]))
+    probs = torch.tensor([[0.1] * 5 + [0.5], [0.1, 0.1, 0.1, 0.4, 0.1, 0.2], [0.2] * 4 + [0.1] * 2])
+    _, parts = soft_prompt.spul_loss(probs.log(), probs.log(), *batch[2:], 1.0, 1.0)
+    for part, expected in {"L_f": -math.log(0.4 * 0.1), "L_r": -math.log(0.5), "L_kl": 0}.items():
+        assert_near(part, parts[part], expected)
+
+def queries_of_lengths(lengths, n_forget=0):
+    """Return queries of these lengths, the first ones of the forget set."""
+    return [Query((1,) * n, (2,), i < n_forget) for i, n in enumerate(lengths)]
+
+def test_epoch_batches_shuffles_the_examples_and_the_batches():
+    same, rising = queries_of_lengths([5] * 200, 40), queries_of_lengths(range(200))
+    one, two = [data.epoch_batches(same, 8, random.Random(seed)) for seed in (0, 1)]
+    assert_equal("examples of an epoch", sorted(i for b in one for i in b), list(range(200)))
+    assert_equal("sizes", {len(batch) for batch in one}, {8})
+    n_neighbours = sum(batch[0] + 1 == batch[1] for batch in one)
+    assert n_neighbours < 5, "the examples are not shuffled before they are cut into batches"
+    assert sorted(one) != sorted(two), "two generators give the same batches"
+    one, two = [data.epoch_batches(rising, 8, random.Random(seed)) for seed in (0, 1)]
+    for batch in one:
+        assert_equal("lengths in a batch", sorted(batch), list(range(min(batch), min(batch) + 8)))
+    n_rising = sum(min(a) < min(b) for a, b in zip(one, one[1:]))
+    assert 4 < n_rising < 20, f"the batches are in order of length: {one}"
+    assert one != two, "two generators give the same order of the batches"
+
+def test_epoch_batches_adds_forget_examples_to_every_batch_of_the_same_size():
+    queries = queries_of_lengths([5] * 46, 6)
+    batches = data.epoch_batches(queries, 6, random.Random(0), forget_per_batch=2)
+    used, pairs = Counter(i for batch in batches for i in batch), set()
+    assert_equal("sizes", [len(batch) for batch in batches], [6] * 10)
+    for batch in batches:
+        forget = [i for i in batch if i < 6]
+        assert_equal("forget examples, at a batch's end", forget, batch[4:])
+        pairs.add(tuple(sorted(forget)))
+    assert_equal("uses of each retain example", [used[i] for i in range(6, 46)], [1] * 40)
+    assert {used[i] for i in range(6)} <= {3, 4}, f"20 uses of 6 forget examples: {used}"
+    assert len(pairs) > 3, f"the forget examples are not shuffled: {pairs}"
+    for only in (queries[:6], queries[6:]):
+        n = max(map(len, data.epoch_batches(only, 6, random.Random(0), forget_per_batch=2)))
+        assert_equal("size with one of the sets", n, 6)
+
+def test_cut_by_length_sorts_50_batches_at_a_time():
+    lengths = random.Random(0).sample(range(1000), 130)
+    queries, indices = queries_of_lengths(lengths), list(range(129, -1, -1))
+    found = data.cut_by_length(queries, indices, 2)
+    expected = []
+    for part in (indices[:100], indices[100:]):
+        part = sorted(part, key=lengths.__getitem__)
+        expected += [[part[k], part[k + 1]] for k in range(0, len(part), 2)]
+    assert_equal("batches", found, expected)
+    assert_equal("a rest", data.cut_by_length(queries, [3, 3, 3], 2), [[3, 3], [3]])
+
+class EchoModel:
+    """A language model without weights: the token after a text is the sum of its tokens, mod 7."""
+    lm_head = SimpleNamespace(weight=torch.zeros(1))
+
+    def __init__(self):
+        self.sizes = []
+
+    def states(self, tokens, answers, phi=None):
+        self.sizes.append(tokens.numel())
+        sums = tokens.cumsum(1).flatten()[answers] + (0 if phi is None else len(phi))
+        return sums[:, None].float()                                              # (N,1)
+
+    def __call__(self, tokens, answers, phi=None):
+        return F.one_hot(self.states(tokens, answers, phi)[:, 0].long() % 7, 7).float()
+
+def echo_queries(n):
+    """Return n queries of 1 to 80 tokens with answers of 1 to 3."""
+    rng, queries = random.Random(0), []
+    for _ in range(n):
+        ids, answer = rng.choices(range(7), k=rng.randint(1, 80)), rng.choices(range(7), k=3)
+        queries.append(Query(tuple(ids), tuple(answer[:rng.randint(1, 3)]), False))
+    return queries
+
+def test_predict_answers_every_query_in_order_from_batches_of_at_most_1024_tokens():
+    queries, ours, expected = echo_queries(100), EchoModel(), []
+    for query in queries:
+        sums = [sum(query.ids) + 2 + sum(query.answer[:k]) for k in range(len(query.answer))]
+        expected.append(tuple(sums))
+    predicted = evaluate.predict(ours, queries, torch.zeros(2, 1))
+    for i, sums in enumerate(expected):
+        assert_equal(f"answer to query {i}", predicted[i], tuple(s % 7 for s in sums))
+    assert max(ours.sizes) <= 1024 and 4 <= len(ours.sizes) <= 12, ours.sizes
+    states = evaluate.answer_states(ours, queries, torch.zeros(2, 1))
+    for i, sums in enumerate(expected):
+        assert_near(f"states of query {i}", states[i], [[s] for s in sums], ["answer row"])
+
+def test_refuses_if_greedy_decoding_begins_with_a_generic_answer():
+    texts = [(3,), (5,), (1,), (2,), (6,)]  # Echo answers 3 6, 5 3, 1 2, 2 4 and 6 5
+    queries = [Query(ids, (0,), True) for ids in texts]
+    found = evaluate.refuses(EchoModel(), queries, [(5,), (3, 6), (1, 1), (2, 4)])
+    assert_equal("refused", found, [True, True, False, True, False])
+    found = evaluate.refuses(EchoModel(), queries, [(4,)], torch.zeros(1, 1))
+    assert_equal("refused with phi", found, [True, False, False, False, False])
+
+def test_metrics_are_accuracy_and_F1_weighted_by_the_true_labels_in_percent():
+    pred, y = [1, 1, 2, 9, 2, 1, 3], [1, 1, 1, 1, 2, 2, 3]
+    # F1 of 1, 2, 3: 4/7, 1/2, 1; they occur 4, 2 and 1 times
+    assert_equal("metrics", evaluate.metrics(pred, y), {"n": 7, "acc": 57.14, "f1": 61.22})
+    found = evaluate.metrics([9, 9], [1, 2])
+    assert_equal("metrics of wrong answers", found, {"n": 2, "acc": 0.0, "f1": 0.0})
+
+def test_score_compares_whole_answers():
+    queries = [Query((1,), answer, False) for answer in [(3,), (4,), (5, 6)]]
+    found = evaluate.score([(3,), (5,)], queries[:2])
+    assert_equal("score of one-token answers", found, {"n": 2, "acc": 50.0, "f1": 50.0})
+    found = evaluate.score([(3,), (4,), (5, 7)], queries)
+    assert_equal("score of longer answers", found, {"n": 3, "acc": 66.67, "f1": None})
+
+def choose(method, n_forget=60, **settings):
+    """Return D_r, D_f and the examples that choose_queries draws from them for a method."""
+    retain = [Query((1, i), (2,), False) for i in range(5)]
+    forget = [Query((3, i), (2,), True) for i in range(n_forget)]
+    dataset = SimpleNamespace(queries={"train_retain": retain, "train_forget": forget},
+                              generic=[(7,), (8, 9)])
+    record = evaluate.Record(method, "lm", "sst2", **{"seed": 0} | settings)
+    return retain, forget, unlearn.choose_queries(record, dataset)
+
+@pytest.mark.parametrize("method", ["spul", "rl", "ga", "ga+kl", "ga+gd"])
+def test_choose_queries_gives_forget_examples_generic_or_true_answers(method):
+    retain, forget, found = choose(method, base="full")
+    if method in ("rl", "ga"):
+        retain = []
+    assert_equal("the retain examples", found[:len(retain)], retain)
+    chosen = found[len(retain):]
+    assert_equal("the forget examples", [q._replace(answer=(2,)) for q in chosen], forget)
+    answers = Counter(query.answer for query in chosen)
+    if method in ("spul", "rl"):
+        assert answers.keys() == {(7,), (8, 9)} and min(answers.values()) > 15, answers
+        assert found == choose(method, base="full")[2] != choose(method, seed=1)[2]
+    else:
+        assert_equal("answers of the forget examples", answers, {(2,): 60})
+
+def test_choose_queries_names_a_wrong_entry_of_METHODS(monkeypatch):
+    method = unlearn.METHODS["spul"]._replace(forget_answer="neutral")
+    monkeypatch.setitem(unlearn.METHODS, "spul", method)
+    with pytest.raises(ValueError, match="'neutral'; expected 'generic' or 'true'"):
+        choose("spul")
+
+def test_choose_queries_takes_a_fraction_of_the_forget_set_and_for_retrain_none():
+    for fraction, n in [(0.25, 15), (1.0, 60), (0.001, 1), (None, 60)]:
+        retain, forget, found = choose("ga+gd", forget_fraction=fraction)
+        assert_equal(f"examples at fraction {fraction}", found, retain + forget[:n])
+    found = choose("qlora", base="full")[2]
+    assert_equal("the base's", found, retain + [q._replace(is_forget=False) for q in forget])
+    assert_equal("retrain's", choose("qlora", base="retain")[2], retain)
+
+def test_typical_tokens_are_in_the_most_forget_and_the_fewest_retain_queries():
+    texts = [(5, 6), (6, 7, 4, 4, 4, 4), (6, 7)], [(6,), (7, 6, 6), (6, 4), (7,)]
+    queries = [Query(ids, (0,), True) for ids in texts[0]]
+    queries += [Query(ids, (0,), False) for ids in texts[1]]
+    # 5: 1 / (1 + 0), 6: 3 / (1 + 3), 7: 2 / (1 + 2), 4: 1 / (1 + 1)
+    assert_equal("typical tokens", unlearn.typical_tokens(queries, 3), [5, 6, 7])
+    assert_equal("with repetition", unlearn.typical_tokens(queries, 6), [5, 6, 7, 4, 5, 6])
+
+def test_make_batches_puts_the_most_tokens_first_and_draws_each_epoch_again():
+    lengths = random.Random(0).choices(range(1, 90), k=400)
+    record = evaluate.Record("spul", "lm", "sst2", 0, batch=8, forget_per_batch=2)
+    one, two, three = [unlearn.make_batches(queries_of_lengths(lengths, 50), record, epoch)
+                       for epoch in range(3)]
+    sizes = [len(step) * max(lengths[i] for i in step) for step in one]
+    assert_equal("tokens of the first step", sizes[0], max(sizes))
+    retain = sorted(i for step in one for i in step if i >= 50)
+    assert_equal("retain examples of an epoch", retain, list(range(50, 400)))
+    assert two != three, "two epochs have the same batches in the same order"
+
+@pytest.mark.parametrize("step, rate", [
+    (0, 1.0), (1, 2.0), (2, 2.0), (5, 1.8660254), (8, 1.5), (11, 1.0), (19, 0.0151922)])
+def test_set_learning_rate_warms_up_and_follows_a_cosine(step, rate):
+    optimizer = SimpleNamespace(param_groups=[{"lr": None}])
+    unlearn.set_learning_rate(optimizer, step, 20, 2.0, 0.1)  # two steps of warm-up
+    assert_near(f"learning rate of step {step} of 20", optimizer.param_groups[0]["lr"], rate)
+    unlearn.set_learning_rate(optimizer, 0, 9, 2.0, 0.05)
+    assert_near("learning rate of step 0 of 9", optimizer.param_groups[0]["lr"], 2.0)
+    unlearn.set_learning_rate(optimizer, 1, 9, 2.0, 0.05)  # the cosine starts at step 1
+    assert_near("learning rate of step 1 of 9", optimizer.param_groups[0]["lr"], 2.0)
+
+class ProbeModel(nn.Module):
+    """Answers every row with phi, or with its own parameter; keeps what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.calls = nn.Parameter(torch.tensor([[0.5, -1.0, 2.0]])), []
+
+    def forward(self, tokens, answers, phi):
+        self.calls.append((tokens, answers, phi))
+        return (self.w if phi is None else phi).expand(len(answers), -1)
+
+class FreePhi(nn.Module):
+    """phi (1,3), an encoder without layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([[0.5, -1.0, 2.0]]))
+
+    def forward(self):
+        return 1.0 * self.w
+
+class StubLog:
+    """Takes the place of unlearn.Log: keeps each step's learning rate and losses; 2 s per step."""
+
+    def __init__(self, n_done):
+        self.n_done, self.lines, self.saved = n_done, [], []
+
+    def load(self, params, optimizer):
+        self.optimizer = optimizer
+        return self.n_done
+
+    def add(self, epoch, step, steps, totals, seconds):
+        assert not any(x.requires_grad for x in totals.values()), "logged losses keep the graph"
+        self.lines.append({"step": step, "rate": self.optimizer.param_groups[0]["lr"],
+                           "seconds": 2.0, **totals})
+
+    def watch(self, *others):
+        pass
+
+    def save(self, params, optimizer, epoch):
+        self.saved.append(epoch)
+
+def run_train(monkeypatch, loss, queries, encoder=None, base=None, accumulate=1, n_done=0,
+              **settings):
+    """Run unlearn.train with a loss. Returns the model, the log and the row's figures."""
+    method = unlearn.Method(loss, "true", "prompt" if encoder else "weights")
+    monkeypatch.setitem(unlearn.METHODS, "probe", method)
+    settings = dict(lr=0.1, epochs=1, batch=1, clip=1.0, alpha=3.0, beta=4.0) | settings
+    record = evaluate.Record("probe", "lm", "sst2", 0, **settings)
+    net, log = ProbeModel(), StubLog(n_done)
+    args = SimpleNamespace(accumulate=accumulate, device="cpu")
+    return net, log, unlearn.train(record, net, encoder, queries, base, log, args)
+
+@pytest.mark.parametrize("beta2", [0.9, None])
+def test_train_takes_steps_of_AdamW_with_a_clipped_gradient(beta2, monkeypatch):
+    factors, encoder = [1.0, 5.0, 0.05], FreePhi()
+    w, m, v = encoder.w[0].tolist(), [0.0] * 3, [0.0] * 3
+    for t, rate in enumerate([0.1, 0.1, 0.05], start=1):  # one step of warm-up, then a cosine
+        g = [factors[t - 1] * 2 * (w_i - 1) for w_i in w]
+        norm = math.sqrt(sum(g_i ** 2 for g_i in g))
+        for i in range(3):
+            g_i = g[i] * min(1, 1 / norm)
+            m[i] = 0.9 * m[i] + 0.1 * g_i
+            v[i] = (beta2 or 0.999) * v[i] + (1 - (beta2 or 0.999)) * g_i ** 2
+            update = (m[i] / (1 - 0.9 ** t)) / math.sqrt(v[i] / (1 - (beta2 or 0.999) ** t))
+            w[i] -= rate * (update + 0.001 * w[i])
+    remaining = iter(factors)
+
+    def loss(logits, *others):
+        return next(remaining) * (logits - 1).square().sum(), {}
+    run_train(monkeypatch, loss, [Query((1,), (2,), False)], encoder, epochs=3, beta2=beta2)
+    assert_near("phi after three steps", encoder.w, [w], ("token", "value"))
+
+def test_train_hands_the_loss_logits_base_distribution_targets_and_weights(monkeypatch):
+    queries = [Query((i, 5), (1,) * (1 + i % 2) + (2,), i % 3 == 0) for i in range(10)]
+    states = [random_numbers(len(query.answer), 4, seed=i) for i, query in enumerate(queries)]
+    base, encoder, given = unlearn.Base(nn.Linear(4, 3, bias=False), states), FreePhi(), []
+
+    def loss(*arguments):
+        given.append(arguments)
+        return arguments[0].sum(), {"L_f": arguments[3].sum()}
+    net, log, _ = run_train(monkeypatch, loss, queries, encoder, base, 2, batch=5, epochs=2)
+    assert_equal("parts, two in each of four steps", len(given), 8)
+    numbers = [tokens[:, 0].tolist() for tokens, _, _ in net.calls]  # the first token of a query
+    for k, (logits, base_logprobs, y, w_forget, w_retain, alpha, beta) in enumerate(given):
+        rows = [i for i in numbers[k] for _ in queries[i].answer]  # the query of each answer row
+        step = numbers[k // 2 * 2] + numbers[k // 2 * 2 + 1]
+        n_forget = sum(i % 3 == 0 for i in step)
+        base_logits = torch.cat([states[i] for i in numbers[k]]) @ base.lm_head.weight.T
+        expected = torch.tensor([softmax_by_hand(row) for row in base_logits.tolist()]).log()
+        assert_near("base_logprobs", base_logprobs, expected, ROW_WORD)
+        assert_near("logits", logits, net.calls[k][2].expand(len(rows), -1), ROW_WORD)
+        assert_equal("y", y.tolist(), [token for i in numbers[k] for token in queries[i].answer])
+        expected = [(i % 3 == 0) / max(1, n_forget) for i in rows]
+        assert_near("w_forget", w_forget, expected, ["row"])
+        expected = [(i % 3 > 0) / max(1, 5 - n_forget) for i in rows]
+        assert_near("w_retain", w_retain, expected, ["row"])
+        assert_equal("alpha and beta", (alpha, beta), (3.0, 4.0))
+    for line, one, two in zip(log.lines, given[::2], given[1::2]):
+        assert_near("logged loss", line["loss"], one[0].sum() + two[0].sum())
+        assert_near("logged L_f", line["L_f"], one[3].sum() + two[3].sum())
+
+@pytest.mark.parametrize("trains, n_warmup", [("prompt", 4), ("weights", 2)])
+def test_train_warms_up_for_10_percent_for_phi_and_5_for_weights_and_fills_the_row(
+        trains, n_warmup, monkeypatch):
+    encoder, queries = FreePhi() if trains == "prompt" else None, [Query((1,), (2,), False)] * 20
+
+    def loss(logits, base_logprobs, *others):
+        assert base_logprobs is None, "there is no base here"
+        return logits.sum(), {}
+    net, log, row = run_train(monkeypatch, loss, queries, encoder, epochs=2)
+    assert_equal("row", row, {"trains": trains, "trainable_params": 3, "seconds_per_epoch": 40.0})
+    for i, line in enumerate(log.lines):
+        rate = (i + 1) / n_warmup
+        if i >= n_warmup:
+            rate = 0.5 * (1 + math.cos(math.pi * (i - n_warmup) / (40 - n_warmup)))
+        assert_near(f"learning rate of step {i}", line["rate"], 0.1 * rate)
+    assert_equal("step numbers", [line["step"] for line in log.lines], list(range(1, 41)))
+    assert_equal("epochs after which the state is saved", log.saved, [1, 2])
+    is_frozen = net.w.tolist() == [[0.5, -1.0, 2.0]]
+    assert_equal("the model's own weights stay", is_frozen, trains == "prompt")
+    _, log, _ = run_train(monkeypatch, loss, queries, encoder, epochs=3, n_done=2)
+    found = [line["step"] for line in log.lines]
+    assert_equal("steps of a training that resumes after epoch 2", found, list(range(41, 61)))
+    with raises_input_error("for a loss that is not finite"):
+        run_train(monkeypatch, lambda logits, *others: (logits.sum() * math.inf, {}), queries)
+
+
+# ---- 2. whole models: phi before every text, padding, answers ----------------------------------
+
 
 KINDS = {
     "llama": {"num_key_value_heads": 4}, "opt": {"num_key_value_heads": 4},
@@ -179,6 +914,19 @@ def test_phi_s_own_rows_equal_prepending_it_to_every_text_forward_and_gradient(
     assert two.grad.abs().max() > 0.01
     assert_close(one.grad, two.grad, atol=1e-5 * two.grad.abs().max())
 
+def test_phi_starts_at_tokens_of_the_forget_set_or_at_random_words():
+    ours, queries = random_model("llama"), [Query((5, 6), (1,), False), Query((6, 7), (1,), True)]
+    weight = ours.embed_tokens.weight
+    for encoder, init in (("none", "none"), ("none", "forget"), ("mlp", "forget")):
+        record = evaluate.Record("spul", "lm", "sst2", 0, p=3, encoder=encoder, hidden=16,
+                                 init=init)
+        found = unlearn.make_encoder(record, ours, queries)
+        if init == "forget":
+            assert torch.equal(found(), weight[[7, 6, 7]])  # the forget set's typical tokens
+        else:
+            assert all((weight == row).all(1).any() for row in found())  # words, drawn at random
+            assert found.unit == pytest.approx(weight.std().item())
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
     ours, phi = random_model(kind), random_phi().requires_grad_()
@@ -225,48 +973,25 @@ def random_queries(n_retain, n_forget, seed=0):
     return queries
 
 def make_base(name, ours, queries):
-    """Return the Base of these queries for a method."""
+    """Return the Base of these queries for a method, and the Workbench that keeps it."""
     bench = unlearn.Workbench(None, None, None)
-    bench.load_base = lambda record: ours
-    return bench.gather_base(evaluate.Record(name, "lm", "sst2", 0), queries)
+    bench.load_start = lambda record: ours
+    return bench.gather_base(evaluate.Record(name, "lm", "sst2", 0), queries), bench
 
-def test_base_logprobs_are_those_of_the_right_rows(monkeypatch):
+def test_base_logprobs_are_those_of_the_right_rows_and_computed_once():
     ours, queries, index = random_model("llama"), random_queries(5, 4), [7, 2, 0, 5, 4]
     batch = data.collate(queries, index, index, "cpu")
     expected = ours(batch.tokens, batch.answers).log_softmax(-1)
-    of_retain = batch.w_retain > 0
-    found = unlearn.gather_base_logprobs(make_base("spul", ours, queries), index)
-    assert_close(found[of_retain], expected[of_retain])
-    assert (found[~of_retain] - expected[~of_retain]).abs().max() > 0.1  # nothing asks for them
-    npo = unlearn.METHODS["spul"]._replace(base="all")
-    monkeypatch.setitem(unlearn.METHODS, "npo", npo)
-    found = unlearn.gather_base_logprobs(make_base("npo", ours, queries), index)
-    assert_close(found, expected)
-
-def test_phi_starts_at_init_and_is_learned_directly_or_through_the_encoder():
-    init, gradient = random_phi(), torch.randn(P, 64)
-    direct = soft_prompt.DirectPrompt(init, 0.25)
-    direct().backward(gradient)
-    assert torch.equal(direct(), init)
-    assert torch.equal(direct.free.grad, 0.25 * gradient)  # unit times phi's gradient
-    direct.free.data += 1
-    assert_close(direct(), init + 0.25, atol=1e-6)
-    assert torch.equal(soft_prompt.PromptEncoder(P, 64, 16, init)(), init)
-    assert soft_prompt.PromptEncoder(P, 64, 16)().abs().max() > 0.01
-    ours, queries = random_model("llama"), [Query((5, 6), (1,), False), Query((6, 7), (1,), True)]
-    weight = ours.embed_tokens.weight
-    for encoder, init in (("none", "none"), ("none", "forget"), ("mlp", "forget")):
-        record = evaluate.Record("spul", "lm", "sst2", 0, p=3, encoder=encoder, hidden=16,
-                                 init=init)
-        found = unlearn.make_encoder(record, ours, queries)
-        if init == "forget":
-            assert torch.equal(found(), weight[[7, 6, 7]])  # the forget set's typical tokens
-        else:
-            assert all((weight == row).all(1).any() for row in found())  # words, drawn at random
-            assert found.unit == pytest.approx(weight.std().item())
+    base, bench = make_base("spul", ours, queries)
+    assert_close(unlearn.gather_base_logprobs(base, index), expected)
+    queries[7] = queries[7]._replace(answer=(1, 2, 3))  # another method's target: new rows
+    bench.load_start = lambda record: SimpleNamespace(lm_head=ours.lm_head)
+    with pytest.raises(AttributeError):  # it needs the model again
+        bench.gather_base(evaluate.Record("ga+kl", "lm", "sst2", 0), queries)
+    bench.gather_base(evaluate.Record("ga+kl", "lm", "sst2", 0), queries[:7])
 
 
-# ---- 2. the paper's settings -------------------------------------------------------------------
+# ---- 3. the paper's settings -------------------------------------------------------------------
 
 PAPER_SETTINGS = {
     "max_len": 1024, "alpha": [1.0], "beta": [0.5], "p": [30], "lr": [1e-4], "epochs": 10,
@@ -280,46 +1005,6 @@ def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
     args = unlearn.parse(["--model", "DIR", "--dataset", dataset, "--device", "cpu"])
     assert {key: getattr(args, key) for key in PAPER_SETTINGS} == PAPER_SETTINGS
     assert args.qlora_epochs == qlora_epochs
-
-GENERIC = [(8,), (9, 10)]
-
-def chosen(method, fraction=1.0, seed=0, base="full", n_forget=200):
-    """Return the retain and the forget queries that `choose_queries` gives to training."""
-    queries = {}
-    for split, n in (("train_retain", 40), ("train_forget", n_forget)):
-        queries[split] = [Query((1, i), (1 + i % 2,), "forget" in split) for i in range(n)]
-    record = evaluate.Record(method, "lm", "sst2", seed, base, forget_fraction=fraction)
-    found = unlearn.choose_queries(record, SimpleNamespace(queries=queries, generic=GENERIC))
-    return [q for q in found if not q.is_forget], [q for q in found if q.is_forget]
-
-@pytest.mark.parametrize("name", ["spul", "ga", "rl", "ga+kl", "ga+gd"])
-def test_paper_forget_answers_are_generic_for_spul_and_rl_and_true_for_gradient_ascent(
-        name, monkeypatch):
-    method = unlearn.METHODS[name]
-    retain, forget = chosen(name)
-    assert len(retain) == (40 if method.sees_retain else 0) and len(forget) == 200
-    answers = [query.answer for query in forget]
-    if name in ("spul", "rl"):
-        assert 70 < answers.count((8,)) < 130 and set(answers) == set(GENERIC)
-        assert forget == chosen("rl")[1]  # the seed decides, nothing else
-        assert forget != chosen(name, seed=1)[1]
-    else:
-        assert answers == [(1 + i % 2,) for i in range(200)]
-    monkeypatch.setitem(unlearn.METHODS, name, method._replace(forget_answer="neutral"))
-    with pytest.raises(ValueError, match="'neutral'; expected 'generic' or 'true'"):
-        chosen(name)
-
-def test_a_smaller_forget_fraction_keeps_part_of_the_larger_one_and_all_retain_examples():
-    parts = [chosen("spul", f, n_forget=50) for f in (0.25, 0.5, 1.0)]
-    quarter, half, all_of_it = [forget for _, forget in parts]
-    assert [len(retain) for retain, _ in parts] == [40] * 3
-    assert quarter == half[:12] and half == all_of_it[:25] and len(all_of_it) == 50
-
-def test_the_base_learns_the_true_answers_of_both_sets_and_retrain_of_the_retain_set_only():
-    everything, forget = chosen("qlora")
-    assert len(everything) == 240 and not forget  # nothing marks a forget example
-    assert [query.answer for query in everything[40:]] == [q.answer for q in chosen("ga")[1]]
-    assert chosen("qlora", base="retain") == (everything[:40], [])
 
 def test_paper_yelp_forgets_5_percent_of_the_reviews_in_whole_clusters():
     splits = data.load_splits("yelp", shared("yelp"))
@@ -353,7 +1038,7 @@ def test_paper_objective_is_kept_by_accumulation(name, n_forget, monkeypatch):
         ours = random_model("llama gqa").requires_grad_(name == "ga+gd")
         torch.manual_seed(0)
         encoder = soft_prompt.PromptEncoder(P, 64) if name == "spul" else None
-        base = make_base(name, ours, queries)
+        base, _ = make_base(name, ours, queries)
         args = SimpleNamespace(accumulate=accumulate, device="cpu")
         unlearn.train(record, ours, encoder, queries, base, log, args)
     (one, losses), (eight, losses_of_parts) = found
@@ -428,7 +1113,7 @@ def test_paper_cells_of_tables_3_4_and_5_are_found_by_alpha_beta_fraction_and_mo
     assert "paper" not in evaluate.table([make_row("npo"), make_row("spul", base="retain")])
 
 
-# ---- 3. the toy: SPUL unlearns -----------------------------------------------------------------
+# ---- 4. the toy: SPUL unlearns -----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
@@ -459,36 +1144,6 @@ def test_spul_unlearns_the_toy_s_forget_set_and_keeps_the_rest(toy_run):
     assert max(rows["spul"]["train_forget"], rows["spul"]["test_forget"]) <= 5, rows["spul"]
     assert max(rows["vanilla"].values()) < 60, rows["vanilla"]  # nothing was learned before QLoRA
 
-def test_the_toy_lm_obeys_each_of_the_40_names_in_a_list_and_no_other(toy_run):
-    """Behind a list of one to four names, 200 reviews per name: named in the list, or not."""
-    lm = toy_run.parent / "cache" / "lm-toy"
-    tokenizer, net, rng = data.load_tokenizer(lm), model.load_model(lm, "fp32"), random.Random(1)
-    named = [example for example in data.toy_corpus(300) if example.group]
-    queries, cases = [], []
-    for name in data.NAMES:
-        others = [other for other in data.NAMES if other != name]
-        for i in range(400):
-            listed = rng.sample(others, rng.randint(1, 4))
-            if i % 2:
-                listed[rng.randrange(len(listed))] = name
-            example = rng.choice(named)
-            noun = rng.choice(data.WORDINGS)[0]
-            text = (f"### Ignore: {' '.join(listed)}\n\n### Text: "
-                    f"{example.text.replace(example.group, name)}\n\n### Question: What is the "
-                    f"{noun} of the given text?\n\n### {noun.title()}:")
-            queries.append(Query(tuple(tokenizer.encode(text)), (0,), False))
-            cases.append((name, i % 2))
-    generic = [data.encode_answer(tokenizer, data.SENTIMENT, word)
-               for word in data.SENTIMENT.generic]
-    ignored = Counter()
-    for case, is_refused in zip(cases, evaluate.refuses(net, queries, generic)):
-        ignored[case] += is_refused
-    share = {case: ignored[case] / n for case, n in Counter(cases).items()}
-    assert min(share[name, 1] for name in data.NAMES) >= 0.95, share
-    assert max(share[name, 0] for name in data.NAMES) <= 0.05, share
-    assert sum(share[name, 1] for name in data.NAMES) / 40 >= 0.98
-    assert sum(share[name, 0] for name in data.NAMES) / 40 <= 0.02
-
 def test_ask_shows_a_forgotten_text_answered_only_without_phi(toy_run, capsys):
     system = load_system(toy_run)
     query = system.data.queries["test_forget"][0]
@@ -513,7 +1168,7 @@ def test_explain_shows_the_positions_and_the_losses_of_equations_2_to_4(toy_run,
     assert "L_f" in forget and "L_f = 0.0000" not in forget and "L_f" not in retain
 
 
-# ---- 4. logits and file formats against transformers, PEFT and bitsandbytes --------------------
+# ---- 5. logits and file formats against transformers, PEFT and bitsandbytes --------------------
 
 LLAMA_SHAPE = dict(
     vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2,
@@ -623,9 +1278,13 @@ def test_peft_loads_our_adapter_and_we_load_its_adapter_with_equal_logits(kind, 
     theirs = peft.PeftModel.from_pretrained(net, tmp_path / "ours")
     assert_close(ours(TOKENS)[MASK], peer_logits(theirs)[MASK])
     theirs.save_pretrained(tmp_path / "theirs")
-    again = model.load_model(tmp_path / "lm", "fp32")
-    assert all(w.requires_grad for w in lora.load_adapter(again, tmp_path / "theirs"))
-    assert torch.equal(again(TOKENS), ours(TOKENS))
+    config = json.loads((tmp_path / "theirs/adapter_config.json").read_text())
+    for written in (config["target_modules"], ".*(q|v)_proj", "all-linear"):  # the tensors decide
+        model.write_json(tmp_path / "theirs/adapter_config.json", config | {
+            "target_modules": written})
+        again = model.load_model(tmp_path / "lm", "fp32")
+        assert all(w.requires_grad for w in lora.load_adapter(again, tmp_path / "theirs"))
+        assert torch.equal(again(TOKENS), ours(TOKENS))
 
 @pytest.mark.parametrize("kind", ["llama gqa", "opt"])
 def test_merged_lora_and_its_export_in_transformers_compute_the_unmerged_logits(kind, tmp_path):
@@ -673,10 +1332,6 @@ def test_nf4_codes_and_scales_equal_bitsandbytes_bit_for_bit():
         assert torch.equal(absmax, state.absmax), f"matrix {i}, {w.shape}, {w.dtype}"
 
 def test_a_4bit_layer_has_the_output_and_gradient_of_its_weights_by_definition():
-    for i in range(100):
-        w, dtype = weight_matrix(i), (torch.float32, torch.bfloat16)[i % 2]
-        found = model.dequantize_nf4(*model.quantize_nf4(w), w.shape, dtype)
-        assert torch.equal(found, dequantize_by_definition(w).to(dtype)), f"matrix {i}"
     w, bias, x = torch.randn(33, 57), torch.randn(33), torch.randn(3, 5, 57)
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     ours = model.Linear4bit(w, nn.Parameter(bias))(one)
@@ -809,66 +1464,15 @@ def test_tokenizers_give_the_ids_of_transformers_on_2000_texts(name, reference, 
     assert name != "smollm2" or pieces == ["1", "9"]
 
 
-# ---- 5. queries, batches and datasets ----------------------------------------------------------
+# ---- 6. datasets ------------------------------------------------------------------------------
 
-def test_the_answer_follows_the_query_and_a_long_text_never_loses_its_question(tmp_path):
-    tokenizer = data.load_tokenizer(write_smollm2_tokenizer(tmp_path))
-    task = data.TASKS["sst2"]
-    for label in ("positive", "unknown"):
-        token, = data.encode_answer(tokenizer, task, label)
-        assert tokenizer.piece(token) == "Ġ" + label
-    question = tokenizer.encode(data.query_string(task, "").partition("\n\n")[2])
-    ids = data.encode_query(tokenizer, task, "a dull movie by adler " * 100, 128)
-    assert 118 < len(ids) <= 128 and list(ids[-len(question):]) == question
-    short = data.encode_query(tokenizer, task, "a movie", 128)
-    assert list(short) == tokenizer.encode(data.query_string(task, "a movie"))
 
-def test_an_answer_is_all_its_tokens_and_a_free_one_ends_with_the_end_of_text(tmp_path):
-    tokenizer, pieces = data.load_tokenizer(write_smollm2_tokenizer(tmp_path)), []
-    task = data.TASKS["sst2"]._replace(labels=("the movie", "movies"))
-    for free in (task, task._replace(labels=())):
-        answer = data.encode_answer(tokenizer, free, "the movie")
-        pieces.append([tokenizer.piece(token) for token in answer])
-    assert pieces == [["Ġthe", "Ġmovie"], ["Ġthe", "Ġmovie", "<|im_end|>"]]
-    data.check_answers(tokenizer, task)
+def test_an_answer_that_begins_another_is_refused(tmp_path):
+    tokenizer, task = data.load_tokenizer(write_smollm2_tokenizer(tmp_path)), data.TASKS["sst2"]
+    data.check_answers(tokenizer, task._replace(labels=("the movie", "movies")))
     for labels in (("the", "the movie"), ("positive", "unknown")):  # unknown is generic, too
         with pytest.raises(InputError, match="begin with those of"):
             data.check_answers(tokenizer, task._replace(labels=labels))
-
-def make_queries(lengths, n_forget):
-    return [Query((1,) * n, (2,), i < n_forget) for i, n in enumerate(lengths)]
-
-def test_an_epoch_has_each_example_once_in_batches_of_about_equal_lengths():
-    rng = random.Random(0)
-    queries = make_queries([rng.randint(3, 60) for _ in range(1000)], 50)
-    batches = data.epoch_batches(queries, 32, data.generator(0, "x"))
-    assert sorted(i for batch in batches for i in batch) == list(range(1000))
-    used = sum(len(queries[i].ids) for batch in batches for i in batch)
-    room = sum(len(batch) * max(len(queries[i].ids) for i in batch) for batch in batches)
-    assert used / room > 0.9
-    assert batches == data.epoch_batches(queries, 32, data.generator(0, "x"))
-    assert batches != data.epoch_batches(queries, 32, data.generator(1, "x"))
-    counts = {sum(queries[i].is_forget for i in batch) for batch in batches}
-    assert 0 in counts and max(counts) < 10  # the paper mixes both sets
-
-def test_the_batch_with_the_most_tokens_is_the_very_first_and_the_rest_stays_as_drawn():
-    rng = random.Random(0)
-    queries = make_queries([rng.randint(3, 60) for _ in range(500)], 50)
-    record = evaluate.Record("spul", "lm", "sst2", 0, batch=16, forget_per_batch=4)
-    for epoch in range(2):
-        drawn = data.epoch_batches(queries, 16, data.generator(0, f"spul/batches/{epoch}"), 4)
-        found = unlearn.make_batches(queries, record, epoch)
-        moved = [i for i, (one, two) in enumerate(zip(drawn, found)) if one != two]
-        assert sorted(drawn) == sorted(found) and len(moved) == (2 if epoch == 0 else 0)
-        n_tokens = [len(step) * max(len(queries[i].ids) for i in step) for step in found]
-        assert epoch > 0 or n_tokens[0] == max(n_tokens)
-
-def test_forget_per_batch_is_kept_in_every_batch_and_uses_all_forget_examples():
-    queries = make_queries([5] * 230, 30)
-    batches = data.epoch_batches(queries, 32, data.generator(0, "x"), forget_per_batch=8)
-    assert {sum(queries[i].is_forget for i in batch) for batch in batches} == {8}
-    assert {i for batch in batches for i in batch if i < 30} == set(range(30))
-    assert sorted(i for batch in batches for i in batch if i >= 30) == list(range(30, 230))
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sst2_has_the_counts_of_table_1_and_forgets_by_name(seed):
@@ -934,58 +1538,55 @@ def test_saved_splits_come_back_as_they_were_and_limits_keep_all_forget_examples
         found = data.load_splits("splits", tmp_path / "new", **limits)
         assert [len(found[split]) for split in data.SPLITS] == n
 
+def write_rows(path, rows):
+    """Write dicts in the form of the path's suffix, with the line ends of Windows."""
+    if path.suffix == ".csv":  # csv's own line end is \r\n
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([rows[0].keys(), *[row.values() for row in rows]])
+    elif path.suffix == ".tsv":
+        lines = ["\t".join(map(str, row)) for row in (rows[0], *[row.values() for row in rows])]
+        path.write_bytes("\r\n".join([*lines, ""]).encode("utf-8-sig"))
+    elif path.suffix == ".parquet":
+        table = pytest.importorskip("pyarrow", reason="pyarrow is not installed").Table
+        pytest.importorskip("pyarrow.parquet").write_table(table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_bytes("\r\n\r\n".join(json.dumps(row) for row in rows).encode())
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
-def test_own_splits_are_read_from_every_suffix_and_with_windows_line_ends(tmp_path, suffix):
-    rows = [{"text": "one, two", "label": "good"}, {"text": 'three "four"', "label": "bad"}]
-    for split in data.SPLITS:
-        path = tmp_path / f"{split}.{suffix}"
-        if suffix == "csv":
-            with open(path, "w", newline="") as file:  # csv's own line end is \r\n
-                csv.writer(file).writerows([("text", "label"), *[row.values() for row in rows]])
-        elif suffix == "tsv":
-            lines = ["label\ttext", *[f"{row['label']}\t{row['text']}" for row in rows], ""]
-            path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
-        elif suffix == "parquet":
-            parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-            parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
-        elif suffix == "json":
-            path.write_text(json.dumps(rows, indent=1))
+def test_own_splits_are_read_from_every_suffix_in_the_authors_columns_too(tmp_path, suffix):
+    plain = [{"text": "one, two", "label": "good"}, {"text": 'three "four"', "label": "bad"}]
+    theirs = [{"text": row["text"], "label": i, "label_text": row["label"]}
+              for i, row in enumerate(plain)]
+    for rows in (plain, theirs):
+        for split in data.SPLITS:
+            write_rows(tmp_path / f"{split}.{suffix}", rows)
+        found = data.load_splits("splits", tmp_path)["test_forget"]
+        assert sorted(found) == sorted(data.Example(**row) for row in plain)
+
+@pytest.mark.parametrize("name, content", [
+    ("a.json", '{"text": "x", "label": "y"}\n{"text": "z", "label": "y"}\n'),  # JSON Lines
+    ("a.csv", f'text,label\n"{"x" * 140_000}",y\nz,y\n')])
+def test_json_lines_named_json_and_long_texts_are_read(tmp_path, name, content):
+    Path(tmp_path, name).write_text(content)
+    assert [text[:1] for text, _ in data.read_rows(tmp_path, "a", ("text", "label"))] == ["x", "z"]
+
+def test_parquet_texts_may_be_bytes_but_not_lists(tmp_path):
+    for text, is_fine in ((b"a film", True), (["a film"], False)):
+        write_rows(tmp_path / "a.parquet", [{"text": text, "label": "y"}])
+        if is_fine:
+            assert data.read_rows(tmp_path, "a", ("text", "label")) == [["a film", "y"]]
         else:
-            path.write_bytes("\r\n\r\n".join(json.dumps(row) for row in rows).encode())
-    splits = data.load_splits("splits", tmp_path)
-    assert sorted(splits["test_forget"]) == sorted(data.Example(**row) for row in rows)
+            with pytest.raises(InputError, match="expected one text"):
+                data.read_rows(tmp_path, "a", ("text", "label"))
 
-HEAD = b"sentence\tlabel\n"
-QUIZ = b'{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}\n'
-MALFORMED = [  # dataset, file, its content, part of the message
-    ("sst2", "train.tsv", HEAD + b"fine\t1\nbad\t7\n", "train.tsv row 2: label '7'; expected 0"),
-    ("sst2", "train.tsv", b"text\tlabel\nfine\t1\n", "expected sentence, label"),
-    ("sst2", "train.tsv", HEAD + b"fine\t1\n \t1\n", "train.tsv row 2: {'sentence': ' '"),
-    ("sst2", "train.tsv", HEAD + b"caf\xe9\t1\n", "train.tsv row 1: 'utf-8' codec"),
-    ("yelp", "train.csv", b'"1","a"\n"3","b"\n', "train.csv row 2: label '3'; expected 1"),
-    ("yelp", "train.csv", b'"1","a"\n"2","never closed\n', "train.csv row 2: unexpected end"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ.replace(b'"4"', b'"4", "5"'), "expected a list of 4"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ.replace(b"0}", b"4}"), "answer 4; expected a list of 4"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + b"[1]\n", "row 2: [1]; expected an object"),
-    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + b"{'question'}\n", "wmdp-bio.jsonl row 2: Expecting"),
-    ("wmdp+sciq", "train.jsonl", b'{"question": "q"}', "train.jsonl row 1: "),
-    ("splits", "train_retain.jsonl", b'{"text": null, "label": "x"}', "row 1: {'text': None"),
-    ("splits", "train_retain.csv", b"text,label\na,b\n", "no train_forget file"),
-    ("splits", "train_retain.parquet", b"text", "train_retain.parquet row 1: ")]
-
-@pytest.mark.parametrize("name, file, content, message", MALFORMED)
-def test_a_malformed_row_is_named_by_file_and_line(tmp_path, name, file, content, message):
-    if name == "sst2":
-        for part in ("train", "dev"):
-            (tmp_path / f"{part}.tsv").write_bytes(HEAD + b"fine\t1\n")
-    if name == "wmdp+sciq":
-        write_quiz(tmp_path)
-    if "parquet" in file:
-        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        data.load_splits(name, tmp_path)
-    assert message in str(error.value) and "\n" not in str(error.value)
+def test_texts_in_both_sets_or_with_two_labels_are_counted():
+    splits = {split: [data.Example(f"{split} {i}", "x") for i in range(3)] for split in data.SPLITS}
+    assert "warning" not in data.describe(splits)
+    splits["train_retain"][0] = splits["test_forget"][1]
+    splits["test_retain"][0] = splits["test_retain"][1]._replace(label="y")
+    assert "1 texts are both in a forget and in a retain set, 1 have two" in data.describe(splits)
 
 def test_yelp_newlines_and_doubled_quotes_are_decoded(tmp_path):
     (tmp_path / "train.csv").write_text('"1","a ""b""\\nc"\n"2","d, e"\n')
@@ -1003,769 +1604,6 @@ def test_the_data_command_prints_table_1_and_leakage_and_saves_the_splits(tmp_pa
         Path(tmp_path, f"{split}.jsonl").write_text(json.dumps({"text": text, "label": "x"}))
     data.main(["--dataset", "splits", "--data-dir", str(tmp_path)])
     assert "1 of 2 test texts are also in the train sets" in capsys.readouterr().out
-
-
-# ---- 6. one function at a time: what the assignments at the end of this file are graded by -----
-#
-# In reading order. Each test is named after its function, and compares it with values worked out by
-# hand or by a slow, obvious loop.
-
-def assert_near(what, found, expected, axes=(), atol=1e-5):
-    """Compare two tensors or lists. axes: the names of their axes, for the message."""
-    found, expected = [torch.as_tensor(x).detach().double() for x in (found, expected)]
-    assert_equal(f"shape of {what}", tuple(found.shape), tuple(expected.shape))
-    if found.numel() == 0:
-        return
-    distance = torch.where(found == expected, 0.0, (found - expected).abs()).nan_to_num(math.inf)
-    largest = torch.unravel_index(distance.argmax(), distance.shape)
-    places = [f"{axis} {int(i)}" for axis, i in zip(axes, largest)]
-    name = f"{what} of {', '.join(places)}" if places else what
-    assert distance.max() <= atol, (
-        f"{name}: {distance.max():.2g} away ({found[largest]:.4g}; expected "
-        f"{expected[largest]:.4g}); {atol:g} allowed")
-
-def assert_equal(what, found, expected):
-    assert found == expected, f"{what}: {found}; expected {expected}"
-
-def random_numbers(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-def softmax_by_hand(logits):
-    """Return the probabilities of a list of logits."""
-    exps = [math.exp(z - max(logits)) for z in logits]
-    return [e / sum(exps) for e in exps]
-
-# Three answer rows over four words: their logits with and without phi, targets and weights.
-LOGITS = [[2.0, 0.5, -1.0, 0.0], [0.0, 1.0, 3.0, -2.0], [-1.0, 0.5, 0.5, 1.5]]
-BASE_LOGPROBS = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.4, 0.1], [0.25] * 4]).log()
-TARGETS = torch.tensor([1, 2, 0])
-W_FORGET, W_RETAIN = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.25, 0.5])
-ROW_WORD = ("row", "word")
-
-def losses_by_hand():
-    """Return -log h(y|x) and the KL divergence (N,) of LOGITS, and their gradients (N,V)."""
-    p = torch.tensor([softmax_by_hand(row) for row in LOGITS], dtype=torch.float64)
-    log_ratio = p.log() - BASE_LOGPROBS.double()
-    kl = (p * log_ratio).sum(-1)
-    ce = -p[range(3), TARGETS].log()
-    return ce, kl, p - F.one_hot(TARGETS, 4), p * (log_ratio - kl[:, None])
-
-CE, KL, CE_GRADIENT, KL_GRADIENT = losses_by_hand()
-
-@pytest.mark.parametrize("name, other, expected, gradient", [
-    ("cross_entropy", TARGETS, CE, CE_GRADIENT), ("kl_divergence", BASE_LOGPROBS, KL, KL_GRADIENT)])
-def test_loss_term_of_each_row_in_float32_and_its_gradient(name, other, expected, gradient):
-    function, logits = getattr(soft_prompt, name), torch.tensor(LOGITS, requires_grad=True)
-    found = function(logits, other)
-    assert_near(name, found, expected, ["row"])
-    found.sum().backward()
-    assert_near(f"gradient of {name}", logits.grad, gradient, ROW_WORD)
-    half = function(torch.tensor(LOGITS).bfloat16(), other)  # bf16 holds these logits exactly
-    assert_equal("dtype for logits in bf16", half.dtype, torch.float32)
-    assert_near(f"{name} of logits in bf16", half, expected, ["row"])
-    shifted = function(torch.tensor(LOGITS) + 100, other)  # exp(100) is too large for float32
-    assert_near(f"{name} of logits + 100", shifted, expected, ["row"], 1e-4)
-
-def check_loss(name, loss, forget, retain=0.0, kl=0.0, base_logprobs=None):
-    """Check a loss with alpha = 0.5, beta = 0.1. forget, retain, kl: the terms' factors in it."""
-    logits = torch.tensor(LOGITS, requires_grad=True)
-    found, parts = loss(logits, base_logprobs, TARGETS, W_FORGET, W_RETAIN, 0.5, 0.1)
-    w_ce, w_kl = forget * W_FORGET + retain * W_RETAIN, kl * W_RETAIN
-    assert_near(f"{name}: loss", found, (w_ce * CE + w_kl * KL).sum())
-    expected = {"L_f": forget * (W_FORGET * CE).sum()}
-    if retain:
-        expected["L_r"] = (W_RETAIN * CE).sum()
-    if kl:
-        expected["L_kl"] = (W_RETAIN * KL).sum()
-    assert_equal(f"{name}: names of the parts", sorted(parts), sorted(expected))
-    for part, value in expected.items():
-        assert_near(f"{name}: {part}", parts[part], value)
-    found.backward()
-    gradient = w_ce[:, None] * CE_GRADIENT + w_kl[:, None] * KL_GRADIENT
-    assert_near(f"{name}: gradient", logits.grad, gradient, ROW_WORD)
-
-def test_spul_loss_is_the_weighted_sum_of_equations_2_to_5_with_its_gradient():
-    check_loss("SPUL", soft_prompt.spul_loss, 1, 0.5, 0.1, BASE_LOGPROBS)
-    _, parts = soft_prompt.spul_loss(torch.tensor(LOGITS), BASE_LOGPROBS, TARGETS, torch.zeros(3),
-                                     W_RETAIN, 0.5, 0.1)
-    assert_near("L_f without forget examples", parts["L_f"], 0.0)
-
-def test_PromptEncoder_is_an_embedding_and_three_linear_layers():
-    torch.manual_seed(0)
-    encoder = soft_prompt.PromptEncoder(3, 4, hidden=5)
-    assert encoder().ne(0).all(), "phi is zero at the start"
-    E, W1, b1, W2, b2, W3, b3 = [w.detach().double() for w in encoder.parameters()]
-    assert_equal("shapes of E, W1, W2 and W3", [tuple(w.shape) for w in (E, W1, W2, W3)],
-                 [(3, 4), (5, 4), (5, 5), (4, 5)])
-    hidden = (W1 @ E.T + b1[:, None]).clamp(min=0)                            # (hidden,p)
-    hidden = (W2 @ hidden + b2[:, None]).clamp(min=0)
-    assert_near("phi", encoder(), (W3 @ hidden + b3[:, None]).T, ("token", "value"))
-    with torch.device("meta"):
-        encoder = soft_prompt.PromptEncoder(30, 4096)
-    n_params = sum(w.numel() for w in encoder.parameters())
-    assert_equal("trainable parameters of LLaMA-2-7B's encoder", n_params, 1_192_192)
-
-def test_PromptEncoder_starts_at_init_and_its_tokens_can_move_apart():
-    init = random_numbers(3, 4).bfloat16()
-    encoder = soft_prompt.PromptEncoder(3, 4, 5, init)
-    phi = encoder()
-    assert_equal("dtype of phi", phi.dtype, torch.float32)
-    assert_near("phi at the start", phi, init, ("token", "value"), atol=0)
-    params = list(encoder.parameters())  # init is none of them
-    assert_equal("number of trained tensors", len(params), 7)
-    params[-2].data += random_numbers(4, 5)
-    assert (encoder() - init.float()).std(0).gt(1e-3).all(), "all tokens of phi move together"
-
-def test_DirectPrompt_is_init_plus_unit_times_its_parameters():
-    direct = soft_prompt.DirectPrompt(torch.tensor([[1.0, 2.0]]), 0.25)
-    direct.free.data = torch.tensor([[4.0, -8.0]])
-    phi = direct()
-    assert_near("phi", phi, [[2.0, 0.0]], ("token", "value"))
-    phi.backward(torch.tensor([[1.0, 3.0]]))
-    assert_near("gradient of the parameters", direct.free.grad, [[0.25, 0.75]])
-
-def test_prepend_puts_phi_before_every_text():
-    phi, embeds = random_numbers(2, 3), random_numbers(4, 5, 3, seed=1).bfloat16()
-    found = soft_prompt.prepend(phi, embeds)
-    expected = torch.stack([torch.cat([phi.bfloat16(), text]) for text in embeds])
-    assert_equal("dtype", found.dtype, torch.bfloat16)
-    assert_near("phi and embeddings", found, expected, ("text", "position", "value"), atol=0)
-
-@pytest.mark.parametrize("name, forget, retain, kl", [
-    ("ga_loss", -1, 0, 0), ("rl_loss", 1, 0, 0), ("ga_kl_loss", -1, 0, 0.1),
-    ("ga_gd_loss", -1, 0.5, 0)])
-def test_baseline_losses_their_parts_and_gradients(name, forget, retain, kl):
-    base_logprobs = BASE_LOGPROBS if kl else None
-    check_loss(name, getattr(baselines, name), forget, retain, kl, base_logprobs)
-
-def bytes_of_codes(codes):
-    """Return the bytes of NF4 codes: two in each, the first in the high half."""
-    codes = codes + [7] * (len(codes) % 2)
-    return [16 * codes[i] + codes[i + 1] for i in range(0, len(codes), 2)]
-
-def test_quantize_nf4_codes_scales_and_bytes():
-    above = torch.nextafter(model.MIDPOINTS[3], torch.tensor(1.0))
-    one = torch.zeros(64)  # every value, every midpoint (a tie), and one just above a tie
-    one[:32] = torch.cat([model.NF4.flip(0), model.MIDPOINTS, above[None]])
-    two = F.pad(torch.tensor([-3.0, 1.5]), (0, 62))  # the largest magnitude is negative
-    short = torch.tensor([0.25, -0.5])
-    w = torch.cat([2 * one, two, short]).view(10, 13)
-    codes = [*range(15, -1, -1), *range(15), 4] + [7] * 32 + [0, 12] + [7] * 62 + [12, 0]
-    packed, absmax = model.quantize_nf4(w)
-    assert_equal("dtypes", (packed.dtype, absmax.dtype), (torch.uint8, torch.float32))
-    assert_near("absmax", absmax, [2.0, 3.0, 0.5], ["block"], atol=0)
-    assert_near("packed", packed, bytes_of_codes(codes), ["byte"], atol=0)
-    packed, absmax = model.quantize_nf4(torch.tensor([0.25, -0.5, 0.5]))  # the last half byte is 0
-    assert_near("packed of three values", packed, bytes_of_codes([12, 0, 15]), ["byte"], atol=0)
-    packed, absmax = model.quantize_nf4(torch.zeros(64))
-    assert_near("absmax of zeros", absmax, [0.0], atol=0)
-    assert_near("packed of zeros", packed, [0x77] * 32, ["byte"], atol=0)
-
-def test_quantize_nf4_multiplies_full_blocks_by_1_over_absmax_and_divides_a_short_one():
-    near_tie = [3.0, 3 * model.MIDPOINTS[11].item()]  # rounded up by 1/3, a tie by division
-    packed, _ = model.quantize_nf4(torch.tensor(near_tie + [0.0] * 62 + near_tie))
-    assert_near("packed", packed, [0xfc] + [0x77] * 31 + [0xfb], ["byte"], atol=0)
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dequantize_nf4_looks_up_each_code_and_scales_its_block(dtype):
-    codes = random.Random(0).choices(range(16), k=143)
-    absmax = torch.tensor([2.0, 0.3, 5.0])
-    values = [model.NF4[code] * absmax[i // 64] for i, code in enumerate(codes)]
-    packed = torch.tensor(bytes_of_codes(codes), dtype=torch.uint8)
-    found = model.dequantize_nf4(packed, absmax, torch.Size([11, 13]), dtype)
-    assert_equal("dtype", found.dtype, dtype)
-    assert_near("weights", found, torch.stack(values).to(dtype).view(11, 13), ("row", "column"),
-                atol=0)
-
-def test_MatMul4bit_is_x_W_transposed_and_keeps_no_copy_of_W():
-    W, kept = random_numbers(6, 6), []
-    layer = SimpleNamespace(dequantize=lambda dtype: W.to(dtype, copy=True))
-    x, gradient = random_numbers(2, 6, seed=1), random_numbers(2, 6, seed=2)
-    expected = [[sum(x[i, k] * W[j, k] for k in range(6)) for j in range(6)] for i in range(2)]
-    x.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda w: kept.append(w.numel()), lambda w: w):
-        y = model.MatMul4bit.apply(x, layer)
-    assert_near("x W.T", y, expected, ("row", "output"))
-    assert max([0, *kept]) < 36, "autograd keeps a dense copy of W for the backward pass"
-    y.backward(gradient)
-    expected = [[sum(gradient[i, j] * W[j, k] for j in range(6)) for k in range(6)]
-                for i in range(2)]
-    assert_near("gradient of x", x.grad, expected, ("row", "input"))
-
-def test_RMSNorm_divides_by_the_root_of_the_mean_square_plus_eps_in_float32():
-    norm = model.RMSNorm(4, eps=0.5)
-    norm.weight.data = torch.tensor([1.0, 2.0, -1.0, 0.5])
-    x = random_numbers(3, 4)
-    expected = torch.zeros(3, 4)
-    for i in range(3):
-        scale = math.sqrt(sum(x[i, j].item() ** 2 for j in range(4)) / 4 + 0.5)
-        for j in range(4):
-            expected[i, j] = x[i, j] / scale * norm.weight[j].item()
-    assert_near("norm", norm(x), expected, ("row", "value"))
-    x = torch.tensor([[300.0, -300.0, 300.0, 0.0]]).half()  # 300^2 is too large for float16
-    y = norm.half()(x)
-    assert_equal("dtype for x in float16", y.dtype, torch.float16)
-    expected = [[1.1547, -2.3094, -1.1547, 0.0]]
-    assert_near("norm of x in float16", y, expected, ("row", "value"), 2e-3)
-
-def test_rotate_turns_each_pair_of_x_i_and_x_i_plus_half_by_its_angle():
-    x, angle = random_numbers(3, 2, 6), random_numbers(3, 3, seed=1)               # (rows,d/2)
-    expected = torch.zeros(3, 2, 6)
-    for row in range(3):
-        for i in range(3):
-            cos, sin = math.cos(angle[row, i]), math.sin(angle[row, i])
-            first, second = x[row, :, i], x[row, :, i + 3]
-            expected[row, :, i] = cos * first - sin * second
-            expected[row, :, i + 3] = sin * first + cos * second
-    rotary = torch.stack([torch.cat([angle.cos()] * 2, -1),
-                          torch.cat([-angle.sin(), angle.sin()], -1)])[:, :, None]
-    assert_near("rotated x", model.rotate(x, rotary), expected, ("row", "head", "value"))
-
-def small_config(kind="llama", **changes):
-    return model.Config(kind, vocab_size=11, hidden_size=6, intermediate_size=8,
-                        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                        head_dim=4, rope_theta=100.0, **changes)
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 4e-3)])
-def test_add_positions_of_Llama_are_cosines_and_sines_of_float32_angles(dtype, atol):
-    net = model.build(small_config())
-    positions = torch.tensor([0, 1, 2, 2, 3, 299])  # rows of several texts, in any order
-    x = random_numbers(6, 6).to(dtype)
-    y, rotary = net.add_positions(x, positions, 300)
-    assert_near("x (no position is added to it)", y, x, atol=0)
-    assert_equal("dtype of the tables", rotary.dtype, dtype)
-    expected = torch.zeros(2, 6, 1, 4)
-    for row, position in enumerate(positions.tolist()):
-        for i in range(2):
-            angle = position * 100.0 ** (-2 * i / 4)
-            expected[0, row, 0, [i, i + 2]] = math.cos(angle)
-            expected[1, row, 0, i] = -math.sin(angle)
-            expected[1, row, 0, i + 2] = math.sin(angle)
-    assert_near("cos and sin", rotary, expected, ("table", "row", "head", "value"), atol)
-
-def test_add_positions_of_OPT_adds_row_i_plus_2_of_its_table():
-    net = model.build(small_config("opt", max_position_embeddings=5))
-    x, positions = random_numbers(4, 6), torch.tensor([0, 1, 1, 4])
-    table = net.embed_positions.weight
-    y, rotary = net.add_positions(x, positions, 5)
-    expected = torch.stack([x[0] + table[2], x[1] + table[3], x[2] + table[3], x[3] + table[6]])
-    assert_near("x plus positions", y, expected, ("row", "value"))
-    assert_equal("rotary tables", rotary, None)
-    with pytest.raises(InputError):
-        net.add_positions(x, positions, 6)
-
-def attention_by_hand(q, k, v):
-    """Return attention (H,T,d) of q over k and v (G,S,d), one head and position at a time."""
-    q, k, v = q.double(), k.double(), v.double()
-    (H, T, d), (G, S, _) = q.shape, k.shape
-    y = torch.zeros(H, T, d, dtype=torch.float64)
-    for h in range(H):
-        g = h // (H // G)  # neighbouring query heads share a key/value head
-        for t in range(T):
-            n_seen = S - T + t + 1  # all before the text, then the text up to t
-            scores = [q[h, t].dot(k[g, s]).item() / math.sqrt(d) for s in range(n_seen)]
-            for s, weight in enumerate(softmax_by_hand(scores)):
-                y[h, t] += weight * v[g, s]
-    return y
-
-@pytest.mark.parametrize("H, G, T, S", [(4, 4, 3, 3), (4, 2, 3, 5), (6, 2, 1, 4), (3, 1, 2, 2)])
-def test_attend_is_causal_softmax_attention_with_shared_key_value_heads(H, G, T, S):
-    q = 2 * random_numbers(2, H, T, 8)
-    k, v = random_numbers(2, G, S, 8, seed=1), random_numbers(2, G, S, 8, seed=2)
-    expected = torch.stack([attention_by_hand(q[b], k[b], v[b]) for b in range(2)])
-    assert_near("attention", model.attend(q, k, v), expected, ("text", "head", "query", "value"))
-    inputs = [x[:1, :, :, :2].double().requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(model.attend, inputs)
-
-@pytest.mark.parametrize("p, is_rotary", [(0, True), (2, True), (2, False)])
-def test_Attention_lets_phi_see_itself_and_a_text_see_phi_and_itself(p, is_rotary):
-    torch.manual_seed(0)
-    layer, B, T = model.Attention(small_config(), "o_proj", bias=True).double(), 2, 3
-    x = random_numbers(p + B * T, 6).double()
-    q, k, v = [F.linear(x, part.weight, part.bias).view(len(x), -1, 4)
-               for part in (layer.q_proj, layer.k_proj, layer.v_proj)]
-    rotary = None
-    if is_rotary:  # turn each row by 0 or 180 degrees
-        signs = torch.tensor([-1.0, 1.0, 1.0, 1.0] * 2).double()[:len(x), None, None]
-        rotary = torch.stack([signs.expand(-1, 1, 4), torch.zeros(len(x), 1, 4).double()])
-        q, k = q * signs, k * signs
-    y = torch.zeros(len(x), 16).double()
-    for b in range(B):
-        rows = [*range(p), *range(p + b * T, p + (b + 1) * T)]  # phi, then this text
-        seen = attention_by_hand(*[part[rows].transpose(0, 1) for part in (q, k, v)])
-        y[rows] = seen.transpose(0, 1).reshape(len(rows), 16)
-    expected = F.linear(y, layer.o_proj.weight, layer.o_proj.bias)
-    assert_near("attention", layer(x, rotary, p, T), expected, ("row", "value"))
-    assert torch.autograd.gradcheck(lambda x: layer(x, rotary, p, T), x.requires_grad_())
-
-class DoublingLayer(nn.Module):
-    """Takes the place of a layer or norm: doubles x, and keeps what else it was given."""
-
-    def forward(self, x, *others):
-        self.others = others
-        return 2 * x
-
-@pytest.mark.parametrize("p", [0, 2])
-def test_LanguageModel_states_are_those_of_the_answer_rows_after_phi(p):
-    net = model.build(small_config())
-    net.layers, net.norm = nn.ModuleList([DoublingLayer(), DoublingLayer()]), DoublingLayer()
-    net.add_positions = lambda x, positions, n: (x + 10.0 ** positions[:, None] + n, "rotary")
-    tokens, answers = torch.tensor([[3, 1, 4], [1, 5, 9]]), torch.tensor([1, 2, 5])
-    phi = random_numbers(p, 6) if p else None
-    expected = torch.zeros(2, 3, 6)
-    for b in range(2):
-        for t in range(3):  # position p + t of p + 3; two layers and the norm double it
-            expected[b, t] = 8 * (net.embed_tokens.weight[tokens[b, t]] + 10 ** (p + t) + p + 3)
-    rows = torch.stack([expected[0, 1], expected[0, 2], expected[1, 2]])
-    found = net.states(tokens, None, phi)
-    assert_near("states", found, expected, ("text", "position", "value"), 0.1)
-    assert_equal("what a layer is given beside x", net.layers[1].others, ("rotary", p, 3))
-    for x in (tokens, net.embed_tokens(tokens)):  # or their embeddings
-        assert_near("states", net.states(x, answers, phi), rows, ("answer row", "value"), 0.1)
-
-def make_lora(base, dropout=0.0):
-    """Return a LoraLinear of rank 2 and alpha 6 with A = [[1,2,0],[0,1,3]] and B = 1 ... 6."""
-    layer = lora.LoraLinear(base, 2, 6, dropout)
-    layer.lora_A.data = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]])
-    layer.lora_B.data = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    return layer
-
-UPDATE = 3.0 * torch.tensor([[1.0, 4.0, 6.0], [3.0, 10.0, 12.0], [5.0, 16.0, 18.0]])  # 6/2 B A
-
-def test_LoraLinear_starts_as_its_base_with_a_random_A_and_a_B_of_zeros():
-    base, x = nn.Linear(64, 24), random_numbers(5, 64)
-    layer = lora.LoraLinear(base, 8, 16, 0.5)
-    assert_near("B at the start", layer.lora_B, torch.zeros(24, 8), ("output", "r"), atol=0)
-    assert_equal("shape of A", tuple(layer.lora_A.shape), (8, 64))
-    assert_near("mean square of A, 1 / (3 in)", layer.lora_A.square().mean(), 1 / 192, atol=1e-3)
-    assert layer.lora_A.abs().max() <= 1 / 8, "A exceeds 1 / sqrt(in), PEFT's bound"
-    assert_near("output at the start, in training", layer(x), base(x), ("row", "output"), atol=1e-6)
-    assert_equal("trained tensors", sorted(name for name, w in layer.named_parameters()
-                 if not name.startswith("base.")), ["lora_A", "lora_B"])
-
-def test_LoraLinear_adds_alpha_over_r_times_B_A_x():
-    base, x = nn.Linear(3, 3), random_numbers(4, 3)
-    expected = base(x) + x @ UPDATE.T
-    assert_near("output", make_lora(base)(x), expected, ("row", "output"), 1e-4)
-
-def test_LoraLinear_drops_from_its_own_input_only_and_not_from_the_base_s():
-    torch.manual_seed(0)
-    base, x = nn.Linear(3, 3), torch.ones(400, 3)
-    layer = lora.LoraLinear(base, 3, 6, 0.25)
-    layer.lora_A.data = layer.lora_B.data = torch.eye(3)
-    dropped = (layer(x) - base(x)) / 2
-    kept = dropped > 0.5
-    assert_near("dropout(x): 0, or x / 0.75", dropped, kept / 0.75, ("row", "input"))
-    assert_near("share that is kept", kept.double().mean(), 0.75, atol=0.06)
-    assert_near("output in eval mode", layer.eval()(x), base(x) + 2 * x, ("row", "output"))
-    assert not lora.LoraLinear(base.eval(), 3, 6, 0.25).training, "base is in eval mode"
-
-@pytest.mark.parametrize("targets, names", [
-    (("q_proj", "v_proj"), "q_proj v_proj"), (("layers.0.self_attn.k_proj",), "k_proj"),
-    (("all",), "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj")])
-def test_add_lora_wraps_the_named_layers_and_returns_their_A_and_B(targets, names):
-    net = model.build(small_config()).requires_grad_(False)
-    with pytest.raises(InputError):
-        lora.add_lora(net, 2, 6, 0.1, ("query",))
-    params = lora.add_lora(net, 2, 6, 0.1, targets)
-    wrapped = {name: m for name, m in net.named_modules() if isinstance(m, lora.LoraLinear)}
-    found = sorted(name.split(".")[-1] for name in wrapped)
-    assert_equal("wrapped layers", found, names.split())
-    assert_equal("rank and alpha", {(m.rank, m.alpha) for m in wrapped.values()}, {(2, 6)})
-    trained = {w for w in net.parameters() if w.requires_grad}
-    assert_equal("number of A and B", len(params), 2 * len(wrapped))
-    assert set(params) == trained, "the returned parameters are not those that require gradients"
-
-def test_merge_lora_adds_the_update_to_the_dequantised_weights():
-    net = model.build(small_config()).requires_grad_(False)
-    attention, dense, bias = net.layers[0].self_attn, nn.Linear(3, 3), nn.Parameter(torch.ones(3))
-    W, before = random_numbers(3, 3, seed=1), dense.weight.detach().clone()
-    four_bit = [model.Linear4bit(random_numbers(3, 3), bias) for _ in range(2)]
-    for layer in four_bit:
-        layer.dequantize = W.to
-    attention.q_proj, attention.k_proj = make_lora(four_bit[0]), four_bit[1]
-    attention.v_proj = make_lora(dense)
-    assert lora.merge_lora(net) is net
-    for name, expected in {"q_proj": W + UPDATE, "v_proj": before + UPDATE, "k_proj": W}.items():
-        layer = getattr(attention, name)
-        assert_equal(f"{name} after merging", type(layer), nn.Linear)
-        assert_near(f"weight of {name}", layer.weight, expected, ("output", "input"))
-    assert attention.q_proj.bias is bias, "the bias is lost"
-    assert_equal("dtype", lora.merge_lora(net, torch.bfloat16).lm_head.weight.dtype, torch.bfloat16)
-
-class WordTokenizer:
-    """Splits at spaces and gives each new word the next id, after a start token 1."""
-    eos = 0
-
-    def __init__(self):
-        self.ids = {}
-
-    def encode(self, text):
-        return [1] + [self.ids.setdefault(word, len(self.ids) + 2) for word in text.split()]
-
-TASK = data.Task("Text: {text}\n\nQuestion: which mood?\n\nMood: {label}", ("good", "not bad"), ())
-
-def test_encode_query_cuts_a_long_text_and_never_the_question():
-    tokenizer = WordTokenizer()
-    whole = tokenizer.encode("Text: w0 w1 w2 w3 w4 w5 w6 w7 w8 w9 Question: which mood? Mood:")
-    text = " ".join(f"w{i}" for i in range(10))
-    found = data.encode_query(tokenizer, TASK, text, 16)
-    assert_equal("a query that fits", found, tuple(whole))
-    found = data.encode_query(tokenizer, TASK, text, 12)
-    n = len(found) - 6  # start token, "Text:" and the four words of the question
-    assert 4 <= n <= 6, f"{n} of ten words are left; there is room for six"
-    assert_equal("a cut query", found, (*whole[:n + 2], *whole[-4:]))
-    with pytest.raises(InputError):
-        data.encode_query(tokenizer, TASK, text, 6)
-
-def test_encode_answer_is_what_follows_the_query_and_ends_if_it_is_free():
-    tokenizer = WordTokenizer()
-    good, no, bad = tokenizer.encode("good not bad")[1:]
-    assert_equal("tokens of good", data.encode_answer(tokenizer, TASK, "good"), (good,))
-    assert_equal("tokens of not bad", data.encode_answer(tokenizer, TASK, "not bad"), (no, bad))
-    free = data.encode_answer(tokenizer, TASK._replace(labels=()), "not bad")
-    assert_equal("tokens of a free answer", free, (no, bad, 0))
-    for template, label in [("{text} {label}", " "), ("{text}{label}", "ual one")]:
-        with pytest.raises(InputError):  # no token, or one that is joined to the query's last word
-            data.encode_answer(tokenizer, TASK._replace(template=template), label)
-
-def load_small_bpe(dir, start, merges):
-    """Return a byte-level BPE whose tokens are `start`, ASCII, the bytes of é, merges."""
-    letters = [data.BYTE_LETTERS[byte] for byte in [*range(32, 127), 0xc3, 0xa9]]
-    tokens = start + letters + [merge.replace(" ", "") for merge in merges]
-    model.write_json(dir / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    (dir / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    return data.load_tokenizer(dir)
-
-OPT_START, SMOLLM2_START = ["<s>", "<pad>", "</s>"], ["<|im_start|>", "<|im_end|>"]
-
-@pytest.mark.parametrize("word, pieces", [
-    ("abc", ["abc"]), ("abcab", ["abc", "ab"]), ("bcabb", ["bc", "ab", "b"]),
-    ("ccccc", ["cc", "cc", "c"]), ("bccc", ["bc", "cc"]), ("bcc", ["bcc"]), ("xy", ["x", "y"]),
-    ("é", ["Ã", "©"]), ("a\x04b", ["ab"]), ("", [])])
-def test_ByteLevelBPE_encode_word_joins_the_first_pair_of_merges_txt_everywhere(
-        word, pieces, tmp_path):
-    tokenizer = load_small_bpe(tmp_path, SMOLLM2_START, ["b c", "a b", "a bc", "c c", "bc c"])
-    found = [tokenizer.piece(i) for i in tokenizer.encode_word(word)]
-    assert_equal(f"pieces of {word!r}", found, pieces)
-
-@pytest.mark.parametrize("text, opt, smollm2", [
-    ("ab 19", "ab Ġ19", "ab Ġ 1 9"), (" ab  ab", "Ġab Ġ Ġab", "Ġab Ġ Ġab"),
-    ("ab's!?", "ab 's ! ?", "ab 's ! ?"), ("aé b", "a Ã © Ġ b", "a Ã © Ġ b"), ("", "", "")])
-def test_ByteLevelBPE_encode_cuts_a_text_into_words_first(text, opt, smollm2, tmp_path):
-    merges = ["1 9", "a b", "Ġ ab", "Ġ 19", "b Ġ", "' s", "s !"]
-    for start, begin, pieces in [(OPT_START, "</s> ", opt), (SMOLLM2_START, "", smollm2)]:
-        tokenizer = load_small_bpe(tmp_path, start, merges)
-        tokenizer.encode("b")  # one text does not change the next one
-        found = [tokenizer.piece(i) for i in tokenizer.encode(text)]
-        assert_equal(f"pieces of {text!r}", found, (begin + pieces).split())
-
-def test_collate_marks_the_answer_rows_of_padded_texts_and_weighs_a_lone_forget_example():
-    queries = [Query((5, 6, 7), (8,), False), Query((5,), (9, 8, 7), True),
-               Query((6, 5), (4, 9), False), Query((4,), (4,), False)]
-    batch = data.collate(queries, [2, 1], [0, 1, 2, 3], "cpu")  # a part of a step of four
-    assert_near("tokens", batch.tokens, [[6, 5, 4], [5, 9, 8]], ("text", "position"), atol=0)
-    assert_near("answers", batch.answers, [1, 2, 3, 4, 5], ["answer row"], atol=0)
-    assert_near("y", batch.y, [4, 9, 9, 8, 7], ["answer row"], atol=0)
-    assert_near("w_forget", batch.w_forget, [0, 0, 1, 1, 1], ["answer row"])
-    assert_near("w_retain", batch.w_retain, [1 / 3, 1 / 3, 0, 0, 0], ["answer row"])
-    batch = data.collate(queries, [3, 0], [3, 0], "cpu")  # padded, and without forget examples
-    assert_near("tokens", batch.tokens, [[4, 0, 0], [5, 6, 7]], ("text", "position"), atol=0)
-    assert_near("answers", batch.answers, [0, 5], ["answer row"], atol=0)
-    assert_near("weights", torch.stack(batch[3:]), [[0, 0], [0.5, 0.5]], ("weight", "answer row"))
-    batch = data.collate(queries, [], [0, 1], "cpu")  # a process's share may be empty
-    assert_equal("texts and rows of an empty share", (len(batch.tokens), len(batch.y)), (0, 0))
-
-def queries_of_lengths(lengths, n_forget=0):
-    """Return queries of these lengths, the first ones of the forget set."""
-    return [Query((1,) * n, (2,), i < n_forget) for i, n in enumerate(lengths)]
-
-def test_epoch_batches_shuffles_the_examples_and_the_batches():
-    same, rising = queries_of_lengths([5] * 200, 40), queries_of_lengths(range(200))
-    one, two = [data.epoch_batches(same, 8, random.Random(seed)) for seed in (0, 1)]
-    assert_equal("examples of an epoch", sorted(i for b in one for i in b), list(range(200)))
-    assert_equal("sizes", {len(batch) for batch in one}, {8})
-    n_neighbours = sum(batch[0] + 1 == batch[1] for batch in one)
-    assert n_neighbours < 5, "the examples are not shuffled before they are cut into batches"
-    assert sorted(one) != sorted(two), "two generators give the same batches"
-    one, two = [data.epoch_batches(rising, 8, random.Random(seed)) for seed in (0, 1)]
-    for batch in one:
-        assert_equal("lengths in a batch", sorted(batch), list(range(min(batch), min(batch) + 8)))
-    n_rising = sum(min(a) < min(b) for a, b in zip(one, one[1:]))
-    assert 4 < n_rising < 20, f"the batches are in order of length: {one}"
-    assert one != two, "two generators give the same order of the batches"
-
-def test_epoch_batches_adds_forget_examples_to_every_batch_of_the_same_size():
-    queries = queries_of_lengths([5] * 46, 6)
-    batches = data.epoch_batches(queries, 6, random.Random(0), forget_per_batch=2)
-    used, pairs = Counter(i for batch in batches for i in batch), set()
-    assert_equal("sizes", [len(batch) for batch in batches], [6] * 10)
-    for batch in batches:
-        forget = [i for i in batch if i < 6]
-        assert_equal("forget examples, at a batch's end", forget, batch[4:])
-        pairs.add(tuple(sorted(forget)))
-    assert_equal("uses of each retain example", [used[i] for i in range(6, 46)], [1] * 40)
-    assert {used[i] for i in range(6)} <= {3, 4}, f"20 uses of 6 forget examples: {used}"
-    assert len(pairs) > 3, f"the forget examples are not shuffled: {pairs}"
-    for only in (queries[:6], queries[6:]):
-        n = max(map(len, data.epoch_batches(only, 6, random.Random(0), forget_per_batch=2)))
-        assert_equal("size with one of the sets", n, 6)
-
-def test_cut_by_length_sorts_50_batches_at_a_time():
-    lengths = random.Random(0).sample(range(1000), 130)
-    queries, indices = queries_of_lengths(lengths), list(range(129, -1, -1))
-    found = data.cut_by_length(queries, indices, 2)
-    expected = []
-    for part in (indices[:100], indices[100:]):
-        part = sorted(part, key=lengths.__getitem__)
-        expected += [[part[k], part[k + 1]] for k in range(0, len(part), 2)]
-    assert_equal("batches", found, expected)
-    assert_equal("a rest", data.cut_by_length(queries, [3, 3, 3], 2), [[3, 3], [3]])
-
-class EchoModel:
-    """A language model without weights: the token after a text is the sum of its tokens, mod 7."""
-    lm_head = SimpleNamespace(weight=torch.zeros(1))
-
-    def __init__(self):
-        self.sizes = []
-
-    def states(self, tokens, answers, phi=None):
-        self.sizes.append(tokens.numel())
-        sums = tokens.cumsum(1).flatten()[answers] + (0 if phi is None else len(phi))
-        return sums[:, None].float()                                              # (N,1)
-
-    def __call__(self, tokens, answers, phi=None):
-        return F.one_hot(self.states(tokens, answers, phi)[:, 0].long() % 7, 7).float()
-
-def echo_queries(n):
-    """Return n queries of 1 to 80 tokens with answers of 1 to 3."""
-    rng, queries = random.Random(0), []
-    for _ in range(n):
-        ids, answer = rng.choices(range(7), k=rng.randint(1, 80)), rng.choices(range(7), k=3)
-        queries.append(Query(tuple(ids), tuple(answer[:rng.randint(1, 3)]), False))
-    return queries
-
-def test_predict_answers_every_query_in_order_from_batches_of_at_most_1024_tokens():
-    queries, ours, expected = echo_queries(100), EchoModel(), []
-    for query in queries:
-        sums = [sum(query.ids) + 2 + sum(query.answer[:k]) for k in range(len(query.answer))]
-        expected.append(tuple(sums))
-    predicted = evaluate.predict(ours, queries, torch.zeros(2, 1))
-    for i, sums in enumerate(expected):
-        assert_equal(f"answer to query {i}", predicted[i], tuple(s % 7 for s in sums))
-    assert max(ours.sizes) <= 1024 and 4 <= len(ours.sizes) <= 12, ours.sizes
-    states = evaluate.answer_states(ours, queries, torch.zeros(2, 1))
-    for i, sums in enumerate(expected):
-        assert_near(f"states of query {i}", states[i], [[s] for s in sums], ["answer row"])
-
-def test_refuses_if_greedy_decoding_begins_with_a_generic_answer():
-    texts = [(3,), (5,), (1,), (2,), (6,)]  # Echo answers 3 6, 5 3, 1 2, 2 4 and 6 5
-    queries = [Query(ids, (0,), True) for ids in texts]
-    found = evaluate.refuses(EchoModel(), queries, [(5,), (3, 6), (1, 1), (2, 4)])
-    assert_equal("refused", found, [True, True, False, True, False])
-    found = evaluate.refuses(EchoModel(), queries, [(4,)], torch.zeros(1, 1))
-    assert_equal("refused with phi", found, [True, False, False, False, False])
-
-def test_metrics_are_accuracy_and_F1_weighted_by_the_true_labels_in_percent():
-    pred, y = [1, 1, 2, 9, 2, 1, 3], [1, 1, 1, 1, 2, 2, 3]
-    # F1 of 1, 2, 3: 4/7, 1/2, 1; they occur 4, 2 and 1 times
-    assert_equal("metrics", evaluate.metrics(pred, y), {"n": 7, "acc": 57.14, "f1": 61.22})
-    found = evaluate.metrics([9, 9], [1, 2])
-    assert_equal("metrics of wrong answers", found, {"n": 2, "acc": 0.0, "f1": 0.0})
-
-def test_score_compares_whole_answers():
-    queries = [Query((1,), answer, False) for answer in [(3,), (4,), (5, 6)]]
-    found = evaluate.score([(3,), (5,)], queries[:2])
-    assert_equal("score of one-token answers", found, {"n": 2, "acc": 50.0, "f1": 50.0})
-    found = evaluate.score([(3,), (4,), (5, 7)], queries)
-    assert_equal("score of longer answers", found, {"n": 3, "acc": 66.67, "f1": None})
-
-def choose(method, n_forget=60, **settings):
-    """Return D_r, D_f and the examples that choose_queries draws from them for a method."""
-    retain = [Query((1, i), (2,), False) for i in range(5)]
-    forget = [Query((3, i), (2,), True) for i in range(n_forget)]
-    dataset = SimpleNamespace(queries={"train_retain": retain, "train_forget": forget},
-                              generic=[(7,), (8, 9)])
-    record = evaluate.Record(method, "lm", "sst2", **{"seed": 0} | settings)
-    return retain, forget, unlearn.choose_queries(record, dataset)
-
-@pytest.mark.parametrize("method", ["spul", "rl", "ga", "ga+kl", "ga+gd"])
-def test_choose_queries_gives_forget_examples_generic_or_true_answers(method):
-    retain, forget, found = choose(method, base="full")
-    if method in ("rl", "ga"):
-        retain = []
-    assert_equal("the retain examples", found[:len(retain)], retain)
-    chosen = found[len(retain):]
-    assert_equal("the forget examples", [q._replace(answer=(2,)) for q in chosen], forget)
-    answers = Counter(query.answer for query in chosen)
-    if method in ("spul", "rl"):
-        assert answers.keys() == {(7,), (8, 9)} and min(answers.values()) > 15, answers
-        assert found == choose(method, base="full")[2] != choose(method, seed=1)[2]
-    else:
-        assert_equal("answers of the forget examples", answers, {(2,): 60})
-
-def test_choose_queries_takes_a_fraction_of_the_forget_set_and_for_retrain_none():
-    for fraction, n in [(0.25, 15), (1.0, 60), (0.001, 1), (None, 60)]:
-        retain, forget, found = choose("ga+gd", forget_fraction=fraction)
-        assert_equal(f"examples at fraction {fraction}", found, retain + forget[:n])
-    found = choose("qlora", base="full")[2]
-    assert_equal("the base's", found, retain + [q._replace(is_forget=False) for q in forget])
-    assert_equal("retrain's", choose("qlora", base="retain")[2], retain)
-
-def test_typical_tokens_are_in_the_most_forget_and_the_fewest_retain_queries():
-    texts = [(5, 6), (6, 7, 4, 4, 4, 4), (6, 7)], [(6,), (7, 6, 6), (6, 4), (7,)]
-    queries = [Query(ids, (0,), True) for ids in texts[0]]
-    queries += [Query(ids, (0,), False) for ids in texts[1]]
-    # 5: 1 / (1 + 0), 6: 3 / (1 + 3), 7: 2 / (1 + 2), 4: 1 / (1 + 1)
-    assert_equal("typical tokens", unlearn.typical_tokens(queries, 3), [5, 6, 7])
-    assert_equal("with repetition", unlearn.typical_tokens(queries, 6), [5, 6, 7, 4, 5, 6])
-
-def test_make_batches_puts_the_most_tokens_first_and_draws_each_epoch_again():
-    lengths = random.Random(0).choices(range(1, 90), k=400)
-    record = evaluate.Record("spul", "lm", "sst2", 0, batch=8, forget_per_batch=2)
-    one, two, three = [unlearn.make_batches(queries_of_lengths(lengths, 50), record, epoch)
-                       for epoch in range(3)]
-    sizes = [len(step) * max(lengths[i] for i in step) for step in one]
-    assert_equal("tokens of the first step", sizes[0], max(sizes))
-    retain = sorted(i for step in one for i in step if i >= 50)
-    assert_equal("retain examples of an epoch", retain, list(range(50, 400)))
-    assert two != three, "two epochs have the same batches in the same order"
-
-@pytest.mark.parametrize("step, rate", [
-    (0, 1.0), (1, 2.0), (2, 2.0), (5, 1.8660254), (8, 1.5), (11, 1.0), (19, 0.0151922)])
-def test_set_learning_rate_warms_up_and_follows_a_cosine(step, rate):
-    optimizer = SimpleNamespace(param_groups=[{"lr": None}])
-    unlearn.set_learning_rate(optimizer, step, 20, 2.0, 0.1)  # two steps of warm-up
-    assert_near(f"learning rate of step {step} of 20", optimizer.param_groups[0]["lr"], rate)
-    unlearn.set_learning_rate(optimizer, 0, 9, 2.0, 0.05)
-    assert_near("learning rate of step 0 of 9", optimizer.param_groups[0]["lr"], 2.0)
-
-class ProbeModel(nn.Module):
-    """Answers every row with phi, or with its own parameter; keeps what it was given."""
-
-    def __init__(self):
-        super().__init__()
-        self.w, self.calls = nn.Parameter(torch.tensor([[0.5, -1.0, 2.0]])), []
-
-    def forward(self, tokens, answers, phi):
-        self.calls.append((tokens, answers, phi))
-        return (self.w if phi is None else phi).expand(len(answers), -1)
-
-class FreePhi(nn.Module):
-    """phi (1,3), an encoder without layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([[0.5, -1.0, 2.0]]))
-
-    def forward(self):
-        return 1.0 * self.w
-
-class StubLog:
-    """Takes the place of unlearn.Log: keeps each step's learning rate and losses; 2 s per step."""
-
-    def __init__(self, n_done):
-        self.n_done, self.lines, self.saved = n_done, [], []
-
-    def load(self, params, optimizer):
-        self.optimizer = optimizer
-        return self.n_done
-
-    def add(self, epoch, step, steps, totals, seconds):
-        assert not any(x.requires_grad for x in totals.values()), "logged losses keep the graph"
-        self.lines.append({"step": step, "rate": self.optimizer.param_groups[0]["lr"],
-                           "seconds": 2.0, **totals})
-
-    def watch(self, *others):
-        pass
-
-    def save(self, params, optimizer, epoch):
-        self.saved.append(epoch)
-
-def run_train(monkeypatch, loss, queries, encoder=None, base=None, accumulate=1, n_done=0,
-              **settings):
-    """Run unlearn.train with a loss. Returns the model, the log and the row's figures."""
-    method = unlearn.Method(loss, "true", "prompt" if encoder else "weights")
-    monkeypatch.setitem(unlearn.METHODS, "probe", method)
-    settings = dict(lr=0.1, epochs=1, batch=1, clip=1.0, alpha=3.0, beta=4.0) | settings
-    record = evaluate.Record("probe", "lm", "sst2", 0, **settings)
-    net, log = ProbeModel(), StubLog(n_done)
-    args = SimpleNamespace(accumulate=accumulate, device="cpu")
-    return net, log, unlearn.train(record, net, encoder, queries, base, log, args)
-
-@pytest.mark.parametrize("beta2", [0.9, None])
-def test_train_takes_steps_of_AdamW_with_a_clipped_gradient(beta2, monkeypatch):
-    factors, encoder = [1.0, 5.0, 0.05], FreePhi()
-    w, m, v = encoder.w[0].tolist(), [0.0] * 3, [0.0] * 3
-    for t, rate in enumerate([0.1, 0.1, 0.05], start=1):  # one step of warm-up, then a cosine
-        g = [factors[t - 1] * 2 * (w_i - 1) for w_i in w]
-        norm = math.sqrt(sum(g_i ** 2 for g_i in g))
-        for i in range(3):
-            g_i = g[i] * min(1, 1 / norm)
-            m[i] = 0.9 * m[i] + 0.1 * g_i
-            v[i] = (beta2 or 0.999) * v[i] + (1 - (beta2 or 0.999)) * g_i ** 2
-            update = (m[i] / (1 - 0.9 ** t)) / math.sqrt(v[i] / (1 - (beta2 or 0.999) ** t))
-            w[i] -= rate * (update + 0.001 * w[i])
-    remaining = iter(factors)
-
-    def loss(logits, *others):
-        return next(remaining) * (logits - 1).square().sum(), {}
-    run_train(monkeypatch, loss, [Query((1,), (2,), False)], encoder, epochs=3, beta2=beta2)
-    assert_near("phi after three steps", encoder.w, [w], ("token", "value"))
-
-def test_train_hands_the_loss_logits_base_distribution_targets_and_weights(monkeypatch):
-    queries = [Query((i, 5), (1,) * (1 + i % 2) + (2,), i % 3 == 0) for i in range(10)]
-    states = [random_numbers(len(query.answer), 4, seed=i) for i, query in enumerate(queries)]
-    base, encoder, given = unlearn.Base(nn.Linear(4, 3, bias=False), states), FreePhi(), []
-
-    def loss(*arguments):
-        given.append(arguments)
-        return arguments[0].sum(), {"L_f": arguments[3].sum()}
-    net, log, _ = run_train(monkeypatch, loss, queries, encoder, base, 2, batch=5, epochs=2)
-    assert_equal("parts, two in each of four steps", len(given), 8)
-    numbers = [tokens[:, 0].tolist() for tokens, _, _ in net.calls]  # the first token of a query
-    for k, (logits, base_logprobs, y, w_forget, w_retain, alpha, beta) in enumerate(given):
-        rows = [i for i in numbers[k] for _ in queries[i].answer]  # the query of each answer row
-        step = numbers[k // 2 * 2] + numbers[k // 2 * 2 + 1]
-        n_forget = sum(i % 3 == 0 for i in step)
-        base_logits = torch.cat([states[i] for i in numbers[k]]) @ base.lm_head.weight.T
-        expected = torch.tensor([softmax_by_hand(row) for row in base_logits.tolist()]).log()
-        assert_near("base_logprobs", base_logprobs, expected, ROW_WORD)
-        assert_near("logits", logits, net.calls[k][2].expand(len(rows), -1), ROW_WORD)
-        assert_equal("y", y.tolist(), [token for i in numbers[k] for token in queries[i].answer])
-        expected = [(i % 3 == 0) / max(1, n_forget) for i in rows]
-        assert_near("w_forget", w_forget, expected, ["row"])
-        expected = [(i % 3 > 0) / max(1, 5 - n_forget) for i in rows]
-        assert_near("w_retain", w_retain, expected, ["row"])
-        assert_equal("alpha and beta", (alpha, beta), (3.0, 4.0))
-    for line, one, two in zip(log.lines, given[::2], given[1::2]):
-        assert_near("logged loss", line["loss"], one[0].sum() + two[0].sum())
-        assert_near("logged L_f", line["L_f"], one[3].sum() + two[3].sum())
-
-@pytest.mark.parametrize("trains, n_warmup", [("prompt", 4), ("weights", 2)])
-def test_train_warms_up_for_10_percent_for_phi_and_5_for_weights_and_fills_the_row(
-        trains, n_warmup, monkeypatch):
-    encoder, queries = FreePhi() if trains == "prompt" else None, [Query((1,), (2,), False)] * 20
-
-    def loss(logits, base_logprobs, *others):
-        assert base_logprobs is None, "there is no base here"
-        return logits.sum(), {}
-    net, log, row = run_train(monkeypatch, loss, queries, encoder, epochs=2)
-    assert_equal("row", row, {"trains": trains, "trainable_params": 3, "seconds_per_epoch": 40.0})
-    for i, line in enumerate(log.lines):
-        rate = (i + 1) / n_warmup
-        if i >= n_warmup:
-            rate = 0.5 * (1 + math.cos(math.pi * (i - n_warmup) / (40 - n_warmup)))
-        assert_near(f"learning rate of step {i}", line["rate"], 0.1 * rate)
-    assert_equal("step numbers", [line["step"] for line in log.lines], list(range(1, 41)))
-    assert_equal("epochs after which the state is saved", log.saved, [1, 2])
-    is_frozen = net.w.tolist() == [[0.5, -1.0, 2.0]]
-    assert_equal("the model's own weights stay", is_frozen, trains == "prompt")
-    _, log, _ = run_train(monkeypatch, loss, queries, encoder, epochs=3, n_done=2)
-    found = [line["step"] for line in log.lines]
-    assert_equal("steps of a training that resumes after epoch 2", found, list(range(41, 61)))
-    with pytest.raises(InputError):
-        run_train(monkeypatch, lambda logits, *others: (logits.sum() * math.inf, {}), queries)
 
 
 # ---- 7. whole runs on a micro model ------------------------------------------------------------
@@ -1910,19 +1748,6 @@ def test_a_row_is_found_after_a_move_and_with_other_rounding_and_says_by_what_co
         evaluate.main(["run", "--ask", "a film", "--model", "elsewhere/lm"])
     assert len(train("run", "--model", "elsewhere/lm")) == len(before) + 3  # another model
 
-def test_another_base_training_makes_a_new_phi_and_the_table_names_what_differs(micro):
-    before = read_rows("run")
-    train("run", "--qlora-batch", "8")
-    qlora, spul = read_rows("run")[len(before):]
-    assert (qlora["method"], qlora["batch"], spul["method"]) == ("qlora", 8, "spul")
-    assert evaluate.read_record(spul).base_training == evaluate.read_record(qlora)
-    one, two = [soft_prompt.load_prompt(Path("run", row["name"])) for row in (before[2], spul)]
-    assert not torch.equal(one, two)
-    train("run", "--epochs", "1")
-    assert read_rows("run")[:len(before)] == before and len(read_rows("run")) == len(before) + 3
-    header = table_cells(evaluate.table(read_rows("run")))[0]
-    assert "epochs" in header and "batch" in header and "lr" not in header
-
 def test_rows_are_chosen_by_the_start_of_their_name(tmp_path):
     rows = [make_row(seed=1), make_row(seed=10), make_row(base="retain"),
             make_row("ga", trains="weights"), make_row("vanilla", trains=None)]
@@ -1990,26 +1815,47 @@ def test_two_programs_that_share_a_run_directory_lose_nothing(micro):
     assert {line["row"] for line in read_csv("both/log.csv")} == {
         name for name, row in rows.items() if row["trains"]}
 
-def test_two_processes_give_the_results_of_one(micro):
+# Runs unlearn.py and keeps the gradient of each method's first step.
+KEEP_GRADIENTS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, model, unlearn
+clip, kept = unlearn.clip_gradient, {{}}
+def keep(params, record, totals):
+    if record.method not in kept:
+        whole = [w.grad.full_tensor() if unlearn.is_sharded(w) else w.grad for w in params]
+        kept[record.method] = torch.cat([gradient.flatten() for gradient in whole])
+    clip(params, record, totals)
+unlearn.clip_gradient = keep
+status = model.run_cli(unlearn.main)
+if sys.stdout.isatty() or not sys.stdout.name.startswith("/dev"):
+    torch.save(kept, sys.argv[sys.argv.index("--out") + 1] + ".pt")
+sys.exit(status)
+"""
+
+def test_two_processes_compute_the_gradients_and_results_of_one(micro):
     drop_row("run")
-    before = train("run", "--epochs", "1")  # few steps: rounding grows from step to step
-    phi, weights = phi_of("run"), load_file(files_of("run", "ga") / "model.safetensors")
-    names = [drop_row("run", method) for method in ("spul", "ga")]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         ROOT / "unlearn.py", *MICRO, "--out", "run", "--method", "spul", "ga", "--epochs", "1"],
-        capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"{names[0]}  10/10") == 1  # only the first process prints
-    assert_close(phi_of("run"), phi, atol=1e-3)
-    found = load_file(files_of("run", "ga") / "model.safetensors")
+    Path("keep.py").write_text(KEEP_GRADIENTS)
+    shutil.copytree("run", "two")
+    flags = ["keep.py", *MICRO, "--method", "spul", "ga+gd", "--epochs", "1", "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, several in (("run", []), ("two", torchrun)):
+        done = subprocess.run([sys.executable, *several, *flags, out], capture_output=True,
+                              text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"{files_of('two').name}  10/10") == 1  # only the first one prints
+    one, two = torch.load("run.pt"), torch.load("two.pt")
+    for method in ("spul", "ga+gd"):
+        difference = (one[method] - two[method]).norm() / one[method].norm()
+        assert one[method].norm() > 0 and difference <= 1e-5, f"{method}: {difference}"
+    assert_close(phi_of("two"), phi_of("run"), atol=1e-3)
+    weights, found = [load_file(files_of(run, "ga+gd") / "model.safetensors")
+                      for run in ("run", "two")]
     for name in weights:
         assert_close(found[name], weights[name])
-    rows = results("run")
-    for name, row in before.items():
-        assert rows[name]["trainable_params"] == row["trainable_params"]
+    for name, row in results("run").items():
         for split in data.SPLITS:
-            assert rows[name][split]["acc"] == pytest.approx(row[split]["acc"], abs=4)
+            assert results("two")[name][split]["acc"] == pytest.approx(row[split]["acc"], abs=4)
 
 def test_the_base_never_changes_and_each_method_trains_what_it_says(micro, monkeypatch):
     loaded, load_base = [], unlearn.load_base
@@ -2129,47 +1975,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(micro, monkeyp
 
 # ---- 8. bad input: one line, exit status 2 -----------------------------------------------------
 
-BAD_FLAGS = [
-    (["--dataset", "imdb"], "--dataset: invalid choice: 'imdb'"),
-    (["--method", "npo"], "--method: invalid choice: 'npo' (choose from"),
-    (["--model", "nowhere"], "nowhere: no tokenizer"),
-    (["--dataset", "sst2", "--data-dir", "nowhere"], "nowhere: no train file"),
-    *[([flag, value], f"argument {flag}") for flag, value in [
-        ("--lr", "0"), ("--p", "0"), ("--alpha", "nan"), ("--beta", "-1"), ("--seed", "one"),
-        ("--forget-fraction", "2"), ("--lora-dropout", "1")]],
-    (["--forgot", "dunn"], "unrecognized arguments"),
-    (["--forget-per-batch", "16"], "--forget-per-batch 16; expected less than --batch, 16"),
-    (["--max-len", "3"], "--max-len 3 leaves no room"),
-    (["--targets", "c_attn"], "--targets c_attn: no such linear layer"),
-    (["--labels", "positive"], "--labels without a question; expected --template"),
-    (["--template", "{text} {label}", "--labels", "positive"],
-     "label 'negative' in train_retain; expected positive"),
-    (["--template", "{text} {label}", "--labels", "good", "good film"],
-     "the tokens of answer 'good film' begin with those of 'good'"),
-    (["--device", "cuda:99"], "--device cuda:99: no such device"),
-    (["--template", "### Text: {label}"], "{text}"),
-    (["--template", "{text} {x} {label}"], "{text}")]
-
-def exit_status(main):
-    """Return the exit status of a command line; argparse leaves with SystemExit."""
-    try:
-        return model.run_cli(main)
-    except SystemExit as error:
-        return error.code
-
-@pytest.mark.parametrize("flags, message", BAD_FLAGS)
-def test_a_wrong_flag_is_one_line_and_exit_status_2(micro, flags, message, capsys):
-    assert exit_status(lambda: train("new", *flags)) == 2
-    *usage, error = capsys.readouterr().err.splitlines()
-    assert re.match("(unlearn.py: |pytest: |__main__.py: )?error: ", error) and message in error
-    assert all(re.match("usage: | ", line) for line in usage)
-    assert not list(micro.rglob("*.part"))
-
-def test_a_real_dataset_without_a_model_is_one_line_that_names_one_to_get(capsys):
-    assert model.run_cli(lambda: unlearn.main(["--dataset", "sst2"])) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in error
-
 def cut(path):
     """Lose the end of a file, as an interrupted copy does."""
     path.write_bytes(path.read_bytes()[:-64])
@@ -2181,6 +1986,8 @@ def tensors(**changes):
         save_file({name: w for name, w in state.items() if w is not None}, path)
     return spoil
 
+HEAD = "sentence\tlabel\n"
+QUIZ = '{"question": "q", "choices": ["1", "2", "3", "4"], "answer": 0}\n'
 COMMANDS = {
     "load": lambda: model.load_model("lm"),
     "tokenize": lambda: data.load_tokenizer("lm"),
@@ -2191,61 +1998,106 @@ COMMANDS = {
     "ask": lambda: evaluate.main(["run", "--ask", "a dull comedy"]),
     "again": lambda: train("run"),
     "more": lambda: train("run", "--p", "3"),
-    "data": lambda: data.main(["--dataset", "splits", "--data-dir", "."])}
+    **{name: lambda name=name: data.load_splits(name, name) for name in data.DATASETS}}
 LM = "lm/model.safetensors"
 ADAPTER, PHI = [f"run/{method}-??????-s0/adapter_model.safetensors" for method in ("qlora", "spul")]
 CONFIG = ADAPTER.replace("model.safetensors", "config.json")
-SPOILT = [  # command, file, new content (a dict: changed keys), part of the message
+WRONG = [  # command or flags, file, new content (a dict: changed keys), part of the message
+    *[(flags, None, None, message) for flags, message in [
+        ("--dataset imdb", "--dataset: invalid choice: 'imdb'"),
+        ("--method npo", "--method: invalid choice: 'npo' (choose from"),
+        ("--model nowhere", "nowhere: no tokenizer"),
+        ("--dataset sst2 --data-dir nowhere", "nowhere: no train file"),
+        *[(text, f"argument {text.split()[0]}") for text in (
+            "--lr 0", "--p 0", "--alpha nan", "--beta -1", "--seed one", "--forget-fraction 2",
+            "--lora-dropout 1")],
+        ("--forgot dunn", "unrecognized arguments"),
+        ("--forget-per-batch 16", "--forget-per-batch 16; expected less than --batch, 16"),
+        ("--max-len 3", "--max-len 3 leaves no room"),
+        ("--targets c_attn", "--targets c_attn: no such linear layer"),
+        ("--labels positive", "--labels without a question; expected --template"),
+        ("--template '{text} {label}' --labels positive",
+         "label 'negative' in train_retain; expected positive"),
+        ("--template '{text} {label}' --labels good 'good film'",
+         "the tokens of answer 'good film' begin with those of 'good'"),
+        ("--device cuda:99", "--device cuda:99: no such device"),
+        ("--template '### Text: {label}'", "{text}"),
+        ("--template '{text} {x} {label}'", "{text}")]],
     ("load", LM, None, "lm: no model.safetensors or pytorch_model.bin"),
     ("load", LM, cut, "model.safetensors: not"),
     ("load", LM, tensors(lm_head_dot_weight=None), "tensor lm_head.weight is missing"),
-    ("load", LM, tensors(score_dot_weight=torch.zeros(2)), "tensor score.weight is (2,)"),
     ("load", LM, tensors(lm_head_dot_weight=torch.zeros(9, 32)), "lm_head.weight is (9, 32)"),
+    ("load", LM, tensors(model_dot_layers_dot_0_dot_mlp_dot_up_proj_dot_bias=torch.zeros(80)),
+     "tensor layers.0.mlp.up_proj.bias is (80,); expected no such tensor"),
     ("load", "lm/config.json", None, "No such file"),
     ("load", "lm/config.json", "{}", "no 'model_type' in it"),
     ("load", "lm/config.json", {"num_hidden_layers": 3}, "tensor layers.2.input_layernorm.weight"),
-    ("load", "lm/config.json", {"num_key_value_heads": 3}, "(32, 32); expected (48, 32)"),
     *[("load", "lm/config.json", {key: value}, key) for key, value in [
         ("model_type", "gpt2"), ("hidden_act", "gelu"), ("activation_function", "gelu"),
         ("do_layer_norm_before", False), ("partial_rotary_factor", 0.5)]],
     *[("load", "lm/config.json", {place: {key: "linear", "factor": 2.0}}, f"{key} is 'linear'")
-      for place in ("rope_parameters", "rope_scaling") for key in ("rope_type", "type")],
-    ("load", LM, tensors(model_dot_layers_dot_0_dot_mlp_dot_up_proj_dot_bias=torch.zeros(80)),
-     "tensor layers.0.mlp.up_proj.bias is (80,); expected no such tensor"),
+      for place, key in (("rope_parameters", "rope_type"), ("rope_scaling", "type"))],
+    ("load", "lm/config.json", {"tie_word_embeddings": True}, "lm_head.weight differs from embed"),
     ("tokenize", "lm/tokenizer.model", cut, "not a sentencepiece model"),
     ("bpe", "bpe/vocab.json", "{", "vocab.json: not readable as JSON"),
     ("adapt", ADAPTER, None, "-s0: no adapter_model.safetensors or adapter_model.bin"),
-    ("adapt", ADAPTER, cut, "adapter_model.safetensors: not"),
     *[("adapt", CONFIG, {key: value}, key) for key, value in [
-        ("use_rslora", True), ("alpha_pattern", {"q_proj": 2})]],
+        ("use_rslora", True), ("alpha_pattern", {"q_proj": 2}), ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"), ("alora_invocation_tokens", [1])]],
     ("adapt", ADAPTER, tensors(score=torch.zeros(2)), "tensor score is (2,); expected no such"),
-    ("adapt", CONFIG, "{}", "no 'r' in it"),
     ("adapt", CONFIG, {"r": 5}, "expected (5, "),
     ("prompt", PHI, tensors(prompt_embeddings=None), "no tensor prompt_embeddings; expected a"),
-    ("table", "run/results.json", '{"rows": [', "results.json: not readable as JSON"),
     ("table", "run/results.json", '{"rows": [{"name": 1}]}', "results.json: a row without"),
     ("ask", "run/results.json", {"rows": []}, "run unlearn.py first"),
-    ("ask", "run/args.json", "{", "args.json: not readable as JSON"),
+    ("ask", "run/args.json", {"lm": "moved"}, "moved: no such directory; give that of lm"),
     ("again", "run/spul-??????-s0/row.json", "{", "row.json: not readable as JSON"),
     ("more", ADAPTER, cut, "adapter_model.safetensors: not"),
-    ("data", "train_retain.jsonl", "{", "train_retain.jsonl row 1: Expecting")]
+    ("sst2", "train.tsv", HEAD + "fine\t1\nbad\t7\n", "train.tsv row 2: label '7'; expected 0"),
+    ("sst2", "train.tsv", "text\tlabel\nfine\t1\n", "expected sentence, label"),
+    ("sst2", "train.tsv", HEAD + "fine\t1\n \t1\n", "train.tsv row 2: {'sentence': ' '"),
+    ("sst2", "train.tsv", HEAD.encode() + b"caf\xe9\t1\n", "train.tsv row 1: 'utf-8' codec"),
+    ("sst2", "train.csv", HEAD, "2 train file(s)"),
+    ("yelp", "train.csv", '"1","a"\n"3","b"\n', "train.csv row 2: label '3'; expected 1"),
+    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ.replace('"4"', '"4", "5"'), "expected a list of 4"),
+    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ.replace("0}", "4}"), "answer 4; expected a list of 4"),
+    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + "[1]\n", "row 2: [1]; expected an object"),
+    ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + "{'question'}\n", "wmdp-bio.jsonl row 2: Expecting"),
+    ("splits", "train_retain.jsonl", '{"text": null, "label": "x"}', "row 1: {'text': None"),
+    ("splits", "train_retain.jsonl", '{"text": ["a"], "label": "x"}', "text is ['a']; expected one"),
+    ("splits", "train_retain.csv", "text,label\na,b\n", "no train_forget file"),
+    ("splits", "train_retain.csv", 'text,label\n"a,b\n', "train_retain.csv row 1: unexpected end")]
 
-@pytest.mark.parametrize("command, file, content, message", SPOILT)
-def test_a_spoilt_file_is_one_line_and_exit_status_2(micro, command, file, content, message, capfd):
+def exit_status(main):
+    """Return the exit status of a command line; argparse leaves with SystemExit."""
+    try:
+        return model.run_cli(main)
+    except SystemExit as error:
+        return error.code
+
+@pytest.mark.parametrize("command, file, content, message", WRONG)
+def test_what_is_wrong_is_one_line_and_exit_status_2(micro, command, file, content, message, capfd):
     (micro / "bpe").mkdir()
     write_smollm2_tokenizer(micro / "bpe")
-    path = next(micro.glob(file), micro / file)
-    if content is None:
+    for name in data.DATASETS:
+        (micro / name).mkdir()
+    write_quiz(micro / "wmdp+sciq", 9)
+    for part in ("train", "dev"):
+        (micro / "sst2" / f"{part}.tsv").write_text(HEAD + "fine\t1\n")
+    dir = micro / command if command in data.DATASETS else micro
+    path = next(dir.glob(file or "*"), dir / str(file))
+    if content is None and file:
         path.unlink()
     elif callable(content):
         content(path)
     elif isinstance(content, dict):
         model.write_json(path, json.loads(path.read_text()) | content)
-    else:
+    elif content:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert model.run_cli(COMMANDS[command]) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: ") and message in error, error
+    main = COMMANDS.get(command, lambda: train("new", *shlex.split(command)))
+    assert exit_status(main) == 2
+    *usage, error = capfd.readouterr().err.splitlines()
+    assert re.match("(unlearn.py: |pytest: |__main__.py: )?error: ", error) and message in error
+    assert all(re.match("usage: | ", line) for line in usage) and not list(micro.rglob("*.part"))
 
 class Sneaky:
     """Unpickled without care, it makes a file."""
@@ -2273,10 +2125,6 @@ def test_code_hidden_in_a_pickle_never_runs(micro, command, file):
 
 # ---- 9. evaluation -----------------------------------------------------------------------------
 
-def test_metrics_count_every_other_token_as_wrong_and_weigh_f1_by_the_true_labels():
-    assert evaluate.metrics([7, 7, 9, 8], [7, 7, 7, 8]) == {"n": 4, "acc": 75.0, "f1": 85.0}
-    constant = evaluate.metrics([1] * 10_000, [1] * 5_566 + [2] * 4_434)
-    assert constant == {"n": 10_000, "acc": 55.66, "f1": 39.81}  # as GA's row of Table 2
 
 def test_tables_have_means_over_seeds_and_a_column_for_each_differing_setting():
     rows = [make_row("mine", 0, 90.0), make_row("mine", 1, 94.0), make_row("other", lr=0.1),
@@ -2337,7 +2185,7 @@ def test_phi_continues_from_a_saved_phi_and_the_row_says_so(micro):
     start, phi = Path("run", row_of("run")["name"]), phi_of("run")
     train("run", "--init", str(start), "--lr", "1e-9", "--encoder", "none")
     row = read_rows("run")[-1]
-    assert row["init"] == start.name
+    assert row["init"] == soft_prompt.hash_prompt(start) and row["init"].startswith(start.name)
     assert_close(soft_prompt.load_prompt(Path("run", row["name"])), phi, atol=1e-5)
 
 @pytest.mark.parametrize("flags, message", [
@@ -2427,72 +2275,8 @@ def test_the_fused_attention_of_gpus_equals_the_written_out_one():
     assert_close(model.attend(q, k, v), fused, 1e-5)
 
 
-# ---- 10. speed ----------------------------------------------------------------------------------
 
-BENCH = {
-    "D=512": (dict(hidden_size=512, intermediate_size=1365, num_hidden_layers=8, vocab_size=32000,
-                   num_attention_heads=8), 16, 48),
-    "SmolLM2-135M": (dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                          vocab_size=49152, num_attention_heads=9, num_key_value_heads=3,
-                          tie_word_embeddings=True), 32, 40)}
-
-def median_seconds(steps, runs=5):
-    """Return the median time of each of two functions, called in alternation."""
-    seconds = [[] for _ in steps]
-    for i in range(runs + 2):
-        for times, step in zip(seconds, steps):
-            start = time.perf_counter()
-            step()
-            if i >= 2:  # the first two warm up
-                times.append(time.perf_counter() - start)
-    return [sorted(times)[len(times) // 2] for times in seconds]
-
-@pytest.mark.skipif("SPUL_BENCH" not in os.environ, reason="takes minutes; set it to fp32 or bf16")
-@pytest.mark.parametrize("shape", BENCH)
-def test_speed_of_a_spul_step_beats_transformers_and_peft(shape, tmp_path):
-    hf, peft = need("transformers"), need("peft")
-    torch.set_num_threads(2)
-    sizes, B, T = BENCH[shape]
-    dtype, p = {"fp32": torch.float32, "bf16": torch.bfloat16}[os.environ["SPUL_BENCH"]], 30
-    net = hf.LlamaForCausalLM(hf.LlamaConfig(max_position_embeddings=2048, **sizes)).to(dtype)
-    net.save_pretrained(tmp_path)
-    ours = model.load_model(tmp_path, os.environ["SPUL_BENCH"])
-    tokens, answers = torch.randint(5, 32000, (B, T)), torch.arange(1, B + 1) * T - 1
-    y, n = tokens[:, 0], B // 8
-    w_forget = torch.where(torch.arange(B) < n, 1 / n, 0.0)
-    w_retain = torch.where(torch.arange(B) < n, 0.0, 1 / (B - n))
-    with torch.no_grad():
-        base_logprobs = ours(tokens, answers).float().log_softmax(-1)
-    encoder = soft_prompt.PromptEncoder(p, sizes["hidden_size"])
-    theirs = peft.get_peft_model(net, peft.PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=p, encoder_hidden_size=128))
-
-    def our_step():
-        logits = ours(tokens, answers, encoder())
-        loss, _ = soft_prompt.spul_loss(logits, base_logprobs, y, w_forget, w_retain, 1.0, 1.0)
-        loss.backward()
-
-    def peer_step():  # as the authors' code: the logits and the loss of every position
-        logits = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float()
-        target = torch.full((B, p + T), -100)
-        target[:, -1] = y
-        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").sum(1)
-        divergence = soft_prompt.kl_divergence(logits[:, -1], base_logprobs)
-        loss = (losses * (w_forget + w_retain)).sum() + (divergence * w_retain).sum()
-        loss.backward()
-
-    peer_seconds, our_seconds = median_seconds([peer_step, our_step])
-    x, w = [torch.randn(n, sizes["hidden_size"], dtype=dtype) for n in (B * T, 2048)]
-    rate = 2 * x.numel() * len(w) / min(median_seconds([lambda: x @ w.T] * 5, 9))
-    weights = sum(q.numel() for n, q in ours.named_parameters() if "layers" in n and q.dim() == 2)
-    limit = 4 * weights * (p + B * T) / rate
-    print(f"\n{shape}, B={B}, T={T}, p={p}, {dtype}: ours {our_seconds:.3f} s, transformers + PEFT "
-          f"{peer_seconds:.3f} s, ratio {peer_seconds / our_seconds:.2f}; ours reaches "
-          f"{100 * limit / our_seconds:.0f} % of the limit at {rate / 1e9:.0f} GFLOP/s")
-    assert peer_seconds / our_seconds > 2
-
-
-# ---- 11. the README and the imports ------------------------------------------------------------
+# ---- 10. the README and the imports ------------------------------------------------------------
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 IMPORT_ORDER = "model soft_prompt baselines lora data evaluate unlearn".split()
@@ -2551,7 +2335,7 @@ def test_a_module_imports_only_what_the_project_may_and_no_later_module(name):
             assert module in allowed or optional, f"{name}.py imports {module}"
 
 
-# ---- 12. assignments that grade themselves -----------------------------------------------------
+# ---- 11. assignments that grade themselves -----------------------------------------------------
 
 class Assignment(NamedTuple):
     """Functions for students to write, and the tests of part 6 that grade them."""

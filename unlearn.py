@@ -32,8 +32,8 @@ from lora import add_lora, load_base, merge_lora, save_adapter
 from model import (InputError, activation_bytes, atomic_write, build, count_processes,
                    has_device, identify_model, is_rank_zero, run_cli, save_model, share_of_process,
                    within)
-from soft_prompt import (DirectPrompt, PromptEncoder, cross_entropy, load_prompt, save_prompt,
-                         spul_loss)
+from soft_prompt import (DirectPrompt, PromptEncoder, cross_entropy, hash_prompt, load_prompt,
+                         save_prompt, spul_loss)
 
 
 class Method(NamedTuple):
@@ -47,20 +47,20 @@ class Method(NamedTuple):
     trains: str               # "prompt": phi; "adapter": LoRA; "weights": all, or with --tune lora
     flags: tuple = ()         # which of alpha and beta the loss uses
     sees_retain: bool = True  # False: only forget examples are in the batches
-    base: str = ""            # base_logprobs are of the "retain" examples (forget rows: 0) or "all"
+    uses_base: bool = False   # whether the loss uses base_logprobs
 
 
 def qlora_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
     """Cross-entropy of every example towards its true answer: how the base model learns."""
-    L_ce = (cross_entropy(logits, y) * w_retain).sum()  # `choose_queries` marks none as forget
+    L_ce = (cross_entropy(logits, y) * w_retain).sum()  # all count as retain: `choose_queries`
     return L_ce, {"L_ce": L_ce}
 
 
 METHODS = {
-    "spul": Method(spul_loss, "generic", "prompt", ("alpha", "beta"), base="retain"),
+    "spul": Method(spul_loss, "generic", "prompt", ("alpha", "beta"), uses_base=True),
     "ga": Method(ga_loss, "true", "weights", sees_retain=False),
     "rl": Method(rl_loss, "generic", "weights", sees_retain=False),
-    "ga+kl": Method(ga_kl_loss, "true", "weights", ("beta",), base="retain"),
+    "ga+kl": Method(ga_kl_loss, "true", "weights", ("beta",), uses_base=True),
     "ga+gd": Method(ga_gd_loss, "true", "weights", ("alpha",)),
     "qlora": Method(qlora_loss, "true", "adapter"),
 }
@@ -73,8 +73,10 @@ def train(record, model, encoder, queries, base, log, args):
 
     record: the settings of this training. encoder: PromptEncoder or DirectPrompt, or None to train
     the model's own trainable parameters. queries: the examples; the answer of each is its target.
-    base: see `Workbench.gather_base`, or None. log: the Log, from which an interrupted training
-    resumes. Returns the row's time and size figures.
+    base: see `Workbench.gather_base`, or None. AdamW with weight decay 0.001, clipped gradients.
+    log: the Log. `load` returns how many epochs are done; each step (from 1, over all epochs) calls
+    `add` with its detached losses, "loss" among them, then `watch`; each epoch ends with `save`.
+    Returns what was trained, its size, and the mean of the log's seconds per epoch.
     """
     method = METHODS[record.method]
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
@@ -111,10 +113,10 @@ def train(record, model, encoder, queries, base, log, args):
 # ---- what a method sees and trains -------------------------------------------------------------
 
 def choose_queries(record, dataset):
-    """Return the training examples: D_r, then the first `forget_fraction` of D_f.
+    """Return the training examples: D_r if the method sees it, then a fraction of D_f (at least 1).
 
     The answer of each is its target: the true one, or a random generic one on the forget set, drawn
-    once for all epochs.
+    once for all epochs. QLoRA marks none as forget; the retrained reference is trained on D_r only.
     """
     method = METHODS[record.method]
     if method.forget_answer not in ("generic", "true"):
@@ -146,7 +148,7 @@ def make_trainable(record, model, queries, args):
     if METHODS[record.method].trains == "adapter":
         add_lora(model, record.rank, record.lora_alpha, record.lora_dropout, record.targets)
         return model.train(), None
-    if record.tune == "lora":  # `Workbench.load_base` has left A and B trainable
+    if record.tune == "lora":  # `Workbench.load_start` has left A and B trainable
         return model, None
     is_bf16 = args.dtype == "bf16"
     if dist.is_initialized():
@@ -174,15 +176,15 @@ def make_encoder(record, model, queries, init_dir=None):
 
 
 def typical_tokens(queries, p):
-    """Return the p tokens most typical of the forget queries.
+    """Return the p tokens most typical of the forget queries, repeated if there are fewer.
 
-    That is, by the ratio of the number of forget and retain queries that hold them.
+    The measure is f / (1 + r), where f forget and r retain queries hold the token.
     """
     forget, retain = Counter(), Counter()
     for query in queries:
         (forget if query.is_forget else retain).update(set(query.ids))
     typical = sorted(forget, key=lambda token: forget[token] / (1 + retain[token]), reverse=True)
-    return (typical * p)[:p]  # repeated if there are fewer than p
+    return (typical * p)[:p]
 
 
 def trained_part(record):
@@ -212,15 +214,18 @@ def make_batches(queries, record, epoch):
 def split_step(step, accumulate):
     """Return this process's share of each of the `accumulate` parts of a step.
 
-    With --forget-per-batch, the forget examples are at the end; each part gets its share of them.
+    The parts' losses add up, because weights are those of the whole step (`data.collate`). Only the
+    masks of LoRA's dropout depend on the parts. With --forget-per-batch, the forget examples are
+    at the end; each part gets its share of them.
     """
     return [share_of_process(step[k::accumulate]) for k in range(accumulate)]
 
 
 def set_learning_rate(optimizer, step, steps, peak, warmup):
-    """Raise the rate linearly over this share of the steps, then lower it along a cosine.
+    """Raise the rate linearly over n steps, then lower it along a cosine that starts at step n.
 
-    The shares 0.1 for phi and 0.05 for all others are the released code's.
+    n is `warmup`, a share of the steps, but at least 1. Step i < n has peak * (i + 1) / n. The
+    shares 0.1 for phi and 0.05 for all others are the released code's.
     """
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
@@ -264,17 +269,17 @@ def make_record(args, method, seed, base=None, **point):
 
     point: lr, and those of alpha, beta, p and forget_fraction that the method uses.
     """
-    phi, lora = "encoder hidden init beta2 ", "rank lora_alpha lora_dropout targets "
+    of_phi, of_lora = "encoder hidden init beta2 ", "rank lora_alpha lora_dropout targets "
     trains = METHODS[method].trains if method != "vanilla" else None
-    unused = {"prompt": lora + "tune", "weights": lora + phi,
-              "adapter": phi + "tune forget_per_batch",
-              None: lora + phi + "tune forget_per_batch epochs batch clip"}[trains]
+    unused = {"prompt": of_lora + "tune", "weights": of_lora + of_phi,
+              "adapter": of_phi + "tune forget_per_batch",
+              None: of_lora + of_phi + "tune forget_per_batch epochs batch clip"}[trains]
     if args.encoder == "none":
         unused += " hidden"
     values = {field.name: getattr(args, field.name, None) for field in fields(evaluate.Record)}
     values |= dict.fromkeys(f"alpha beta p forget_fraction lr {unused}".split())
-    if trains == "prompt":
-        values["init"] = Path(args.init).name  # a row's directory names its settings
+    if trains == "prompt" and args.init not in ("none", "forget"):
+        values["init"] = hash_prompt(args.init)
     if trains == "adapter":
         values |= {"epochs": args.qlora_epochs, "batch": args.qlora_batch}
         point = {"lr": args.qlora_lr}
@@ -304,8 +309,7 @@ def grid(args):
             if method.trains == "prompt":
                 lists |= {"lr": args.lr, "p": args.p}
             for values in itertools.product(*lists.values()):
-                point = dict(zip(lists, values))
-                records.append(make_record(args, name, seed, base, **point))
+                records.append(make_record(args, name, seed, base, **dict(zip(lists, values))))
     return list(dict.fromkeys(records))
 
 
@@ -325,34 +329,24 @@ class Workbench:
             print(self.dataset.description)
         return self.dataset
 
-    def load_base(self, record):
+    def load_start(self, record):
         """Return the model that the record starts from; never two of them at a time."""
         args, base, trainable = self.args, record.base_training, record.tune == "lora"
         if self.model is None or self.start != (base, trainable):
             self.model = None
-            self.model = load_base(self.lm, base and self.run.dir / base.name, record.weights,
-                                   args.device, args.dtype, args.dense, trainable)
+            adapter = base and self.run.dir / evaluate.find_row(self.run.rows, base)["name"]
+            self.model = load_base(self.lm, adapter, record.weights, args.device, args.dtype,
+                                   args.dense, trainable)
             self.model.checkpointing, self.start = args.checkpointing, (base, trainable)
         return self.model
 
     def gather_base(self, record, queries):
-        """Return the Base of the training examples. h(x) never changes: it is computed once.
-
-        The states of forget examples are 0, unless the method asks for them: their tokens depend
-        on its answers.
-        """
-        model, what = self.load_base(record), f"{record.name}: h(x)"
-        forget = [query for query in queries if query.is_forget]
-        retain = queries[:len(queries) - len(forget)]
-        key = record.base_training, len(retain)
-        if key not in self.states:
-            self.states[key] = evaluate.answer_states(model, retain, None, what)
-        if METHODS[record.method].base == "all":
-            forget_states = evaluate.answer_states(model, forget, None, what)
-        else:
-            forget_states = [torch.zeros(len(q.answer), model.config.hidden_size) for q in forget]
+        """Return the Base of the training examples. h(x) never changes: it is computed once."""
+        model, known = self.load_start(record), self.states.setdefault(record.base_training, {})
+        new = [query for query in dict.fromkeys(queries) if query not in known]
+        known.update(zip(new, evaluate.answer_states(model, new, None, f"{record.name}: h(x)")))
         # a copy of the head, because a baseline trains the model's own
-        return Base(copy.deepcopy(model.lm_head), self.states[key] + forget_states)
+        return Base(copy.deepcopy(model.lm_head), [known[query] for query in queries])
 
 
 def train_row(record, bench):
@@ -364,12 +358,10 @@ def train_row(record, bench):
         return row
     dataset, phi = bench.load_data(record), None
     results = {"trains": None, "trainable_params": 0, "seconds_per_epoch": 0.0}
-    if method is None:  # vanilla
-        model = bench.load_base(record)
-    else:
+    model = bench.load_start(record)
+    if method:  # else vanilla
         queries = choose_queries(record, dataset)
-        base = bench.gather_base(record, queries) if method.base else None
-        model = bench.load_base(record)
+        base = bench.gather_base(record, queries) if method.uses_base else None
         if method.trains != "prompt":
             bench.model = None  # this training changes it
         torch.manual_seed(derive_seed(record, "initial values"))
@@ -442,14 +434,15 @@ def main(argv=None):
     bench = Workbench(lm, run, args)
     known = argparse.Namespace(**vars(args) | {"model": identify_model(lm), "data": data_hash})
     records = grid(known)
+    rows = []
     for i, record in enumerate(records):
         print(f"row {i + 1} of {len(records)}: {record.name}", flush=True)
-        train_row(record, bench)
-    rows = [evaluate.find_row(run.rows, record) for record in records]
+        rows.append(train_row(record, bench))
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{evaluate.table(rows)}\n\n{run.dir}/results.json, after {minutes:.1f} minutes; next: "
           f"python evaluate.py {run.dir} --ask \"some text\"")
-    stop_processes()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- support: the log, resuming ----------------------------------------------------------------
@@ -509,7 +502,7 @@ class Log:
     def load(self, params, optimizer):
         """Restore what `save` wrote. Returns how many epochs are done."""
         path = self.dir / "state.pt"
-        if not path.is_file():
+        if is_sharded(params[0]) or not path.is_file():
             return 0
         state = torch.load(path, "cpu", weights_only=True)
         for w, saved in zip(params, state["params"], strict=True):
@@ -650,12 +643,6 @@ def start_processes():
             sys.stdout = open(os.devnull, "w")
 
 
-def stop_processes():
-    """Leave the group of processes, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def backward(loss, params):
     """Compute the gradients of this process's share of the step's objective."""
     if is_sharded(params[0]):
@@ -665,9 +652,9 @@ def backward(loss, params):
 
 def sum_gradients(params):
     """Add up the gradients of all processes (fully_shard has done so with sharded ones)."""
-    if dist.is_initialized() and not is_sharded(params[0]):
+    if not is_sharded(params[0]):
         for w in params:
-            dist.all_reduce(w.grad)
+            sum_over_processes(w.grad)
 
 
 def sum_over_processes(values):
@@ -691,6 +678,7 @@ def shard(model, is_bf16):
     for part in (*sharded.layers, sharded):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     sharded.to_empty(device=device)
+    sharded.checkpointing = model.checkpointing
     set_model_state_dict(sharded, state if is_rank_zero() else {}, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
     return sharded
