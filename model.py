@@ -383,11 +383,11 @@ class OPT(LanguageModel):
 
 
 def activation_bytes(config, B, T, p, size, is_frozen):
-    """Return the bytes kept for the backward pass: all layers, and with checkpointing.
+    """Return the bytes of activations at the peak of a step: without and with checkpointing.
 
     size: bytes per number, 2 or 4. Keeps per layer: the norms' inputs (LLaMA's in float32), q,
     the keys and values of B texts, the attention weights, the MLP's products; unless the linear
-    layers are frozen, also their inputs.
+    layers are frozen, also their inputs. The backward pass adds the gradients in one MLP.
     """
     R, D, F = p + B * T, config.hidden_size, config.intermediate_size
     H, G, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -396,7 +396,8 @@ def activation_bytes(config, B, T, p, size, is_frozen):
     layer += (8 * R * D + 3 * size * R * F) if is_llama else size * (2 * R * D + R * F)
     if not is_frozen:
         layer += size * R * (2 * D + H * d + F)
-    return config.num_hidden_layers * layer, config.num_hidden_layers * size * R * D + layer
+    n, gradients = config.num_hidden_layers, 4 * size * R * F
+    return n * layer + gradients, n * size * R * D + layer + gradients
 
 
 # ---- support: checkpoint files -----------------------------------------------------------------
