@@ -701,6 +701,11 @@ def run_cli(main):
     except torch.OutOfMemoryError:
         print("error: out of memory; add --checkpointing, then --accumulate 4, or lower --max-len",
               file=sys.stderr)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistBackendError):
+            raise
+        print("error: another process ended (torchrun says which); the same command continues from "
+              "the last finished epoch", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last finished epoch",
               file=sys.stderr)

@@ -2222,6 +2222,14 @@ def test_weights_rounded_to_bf16_are_computed_with_in_float32_where_that_is_aske
     assert rounded.dtype == torch.float32 and torch.equal(rounded, whole.bfloat16().float())
     assert model.load_model("lm", "bf16").lm_head.weight.dtype == torch.bfloat16
 
+def test_a_lost_process_is_one_line_and_a_bug_keeps_its_traceback(capsys):
+    def fail(message):
+        raise RuntimeError(message)
+    assert model.run_cli(lambda: fail("[/gloo/transport/tcp/pair.cc:1] Connection reset")) == 2
+    assert re.fullmatch("error: another process ended.*\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="shape"):
+        model.run_cli(lambda: fail("shape '[3]' is invalid"))
+
 def test_a_terminal_without_the_characters_of_a_text_is_no_error(micro):
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", "run", "--ask", "caf\udce9 中"],
                           env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
@@ -2311,6 +2319,10 @@ def test_the_code_that_the_readme_names_exists():
             n_names += name != "py"
     assert n_names > 8
 
+def test_the_readme_lists_the_assignments():
+    for assignment in ASSIGNMENTS:
+        assert assignment.as_markdown() in README
+
 def readme_code(word):
     """Return the one Python block of the README that has a word in it."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -2375,80 +2387,68 @@ def test_a_module_imports_only_what_the_project_may_and_no_later_module(name):
 # ---- 11. assignments that grade themselves -----------------------------------------------------
 
 class Assignment(NamedTuple):
-    """Functions for students to write, and the tests of part 6 that grade them."""
+    """Functions for students to write, and the tests of part 1 that grade them."""
     name: str
     points: int
-    section: str    # of the paper
-    functions: str  # file.function or file.Class.method, separated by spaces
+    section: str    # of the paper; LM: the language model
     task: str
-    tests: str      # for pytest -k
+    tests: str      # for `python -m pytest -k`
     minutes: int    # for a student
     mistake: str    # the typical one
+    functions: str
+
+    def as_markdown(self):
+        """Return its row in the README."""
+        return (f"| {self.name} | {self.points} | {self.section} | {self.task} | "
+                f"`\"{self.tests}\"` | {self.minutes} | {self.mistake} |")
 
 ASSIGNMENTS = [
-    Assignment("losses", 10, "3.2, Eq. 2-5",
-               "soft_prompt.cross_entropy soft_prompt.kl_divergence soft_prompt.spul_loss",
-               "the two terms in float32, their weighted sum, the names of its parts",
-               "cross_entropy or kl_divergence or spul_loss", 30,
-               "KL(h(x) || h(phi,x)), the released code's direction"),
-    Assignment("encoder", 6, "3.1",
+    Assignment("losses", 10, "3.2", "both terms in float32, their weighted sum",
+               "cross_entropy or kl_divergence or spul_loss", 30, "KL in the other direction",
+               "soft_prompt.cross_entropy soft_prompt.kl_divergence soft_prompt.spul_loss"),
+    Assignment("encoder", 6, "3.1", "phi by an MLP, phi learned directly, phi before a text",
+               "PromptEncoder or DirectPrompt or prepend_puts", 30, "init is trained, too",
                "soft_prompt.PromptEncoder.__init__ soft_prompt.PromptEncoder.forward "
-               "soft_prompt.DirectPrompt.forward soft_prompt.prepend",
-               "phi from an embedding and an MLP, phi learned directly, phi before a text",
-               "PromptEncoder or DirectPrompt or prepend_puts", 30,
-               "init is a parameter, or phi does not start at it"),
-    Assignment("baselines", 6, "4.1, Baselines",
-               "baselines.ga_loss baselines.rl_loss baselines.ga_kl_loss baselines.ga_gd_loss",
-               "gradient ascent, random labels, and ascent with KL or descent",
-               "baseline_losses", 20, "ascent on the retain set, too"),
-    Assignment("nf4", 10, "4.1, Settings",
+               "soft_prompt.DirectPrompt.forward soft_prompt.prepend"),
+    Assignment("baselines", 6, "4.1", "the four losses", "baseline_losses", 20,
+               "ascent on the retain set, too",
+               "baselines.ga_loss baselines.rl_loss baselines.ga_kl_loss baselines.ga_gd_loss"),
+    Assignment("nf4", 10, "4.1", "4-bit codes and back; a product without a dense copy",
+               "quantize_nf4 or MatMul4bit", 60, "the first code in the low half byte",
                "model.quantize_nf4 model.unpack_pairs model.dequantize_nf4 "
-               "model.MatMul4bit.forward model.MatMul4bit.backward",
-               "4-bit codes and their scales, and back; a product that keeps no dense copy",
-               "quantize_nf4 or MatMul4bit", 60, "the first code in the low half of its byte"),
-    Assignment("norm", 4, "the LM", "model.RMSNorm.forward", "RMSNorm with its mean in float32",
-               "RMSNorm", 10, "eps outside the root, or the mean in half precision"),
-    Assignment("rotary", 8, "the LM",
-               "model.rotate model.Llama.add_positions model.OPT.add_positions",
-               "rotary positions of LLaMA, learned positions of OPT",
-               "rotate_turns or add_positions", 40, "pairs of neighbours; angles in bf16"),
-    Assignment("attention", 8, "the LM", "model.attend",
-               "causal attention with shared key/value heads", "attend_is", 40,
-               "key/value heads tiled, where each is repeated"),
-    Assignment("one pass", 10, "3.1",
+               "model.MatMul4bit.forward model.MatMul4bit.backward"),
+    Assignment("norm", 4, "LM", "RMSNorm", "RMSNorm", 10, "eps outside the root",
+               "model.RMSNorm.forward"),
+    Assignment("rotary", 8, "LM", "positions of LLaMA and OPT", "rotate_turns or add_positions",
+               40, "pairs of neighbours; angles in bf16",
+               "model.rotate model.Llama.add_positions model.OPT.add_positions"),
+    Assignment("attention", 8, "LM", "causal attention, shared key/value heads", "attend_is", 40,
+               "heads tiled, not repeated", "model.attend"),
+    Assignment("one pass", 10, "3.1", "phi's rows once, before all texts",
+               "Attention_lets or states_are", 60, "answer rows without p",
                "model.split_rows model.join_rows model.Attention.forward "
-               "model.LanguageModel.states",
-               "phi's rows once, before the rows of all texts", "Attention_lets or states_are", 60,
-               "answer rows without phi's p rows before them"),
-    Assignment("lora", 8, "4.1, Settings",
-               "lora.LoraLinear.__init__ lora.LoraLinear.forward lora.add_lora lora.merge_lora",
-               "a LoRA layer, adding it to a model, merging it into 4-bit weights",
-               "LoraLinear or add_lora or merge_lora", 40, "alpha/r is forgotten when merging"),
-    Assignment("tokenizer", 6, "4.1, Datasets",
+               "model.LanguageModel.states"),
+    Assignment("lora", 8, "4.1", "a LoRA layer; adding and merging it",
+               "LoraLinear or add_lora or merge_lora", 40, "alpha/r forgotten",
+               "lora.LoraLinear.__init__ lora.LoraLinear.forward lora.add_lora lora.merge_lora"),
+    Assignment("tokenizer", 6, "4.1", "byte-level BPE; queries and answers",
+               "encode_query or encode_answer or ByteLevelBPE", 60, "leftmost pair first",
                "data.encode_query data.encode_answer data.ByteLevelBPE.encode_word "
-               "data.ByteLevelBPE.encode",
-               "byte-level BPE; queries that fit; the tokens of an answer",
-               "encode_query or encode_answer or ByteLevelBPE", 50,
-               "the leftmost pair is joined first, not the first of merges.txt"),
-    Assignment("batches", 8, "4.1, Settings",
-               "data.collate data.epoch_batches data.cut_by_length unlearn.make_batches",
-               "padding, answer rows and weights; shuffled batches of about equal lengths",
-               "collate or epoch_batches or cut_by_length or make_batches", 50,
-               "answer rows one too late; batches of batch + N"),
-    Assignment("targets", 4, "3.2; 4.1, Baselines", "unlearn.choose_queries unlearn.typical_tokens",
-               "what a method sees and answers; the tokens that phi starts at",
-               "choose_queries or typical_tokens", 25, "generic answers for gradient ascent"),
-    Assignment("training", 8, "4.1, Settings",
-               "unlearn.train unlearn.set_learning_rate unlearn.gather_base_logprobs",
-               "the loop, warm-up and cosine, h(x) at the answer rows",
-               "test_train_ or set_learning_rate", 50,
-               "the cosine begins at step 0, not after the warm-up"),
-    Assignment("metrics", 4, "4.2",
+               "data.ByteLevelBPE.encode"),
+    Assignment("batches", 8, "4.1", "padding, answer rows, weights; shuffling",
+               "collate or epoch_batches or cut_by_length or make_batches", 60,
+               "answer rows one too late",
+               "data.collate data.epoch_batches data.cut_by_length unlearn.make_batches"),
+    Assignment("targets", 4, "3.2", "what a method sees; where phi starts",
+               "choose_queries or typical_tokens", 25, "generic answers for ascent",
+               "unlearn.choose_queries unlearn.typical_tokens"),
+    Assignment("training", 8, "4.1", "the loop, warm-up and cosine, h(x)",
+               "test_train_ or set_learning_rate", 75, "cosine from step 0",
+               "unlearn.train unlearn.set_learning_rate unlearn.gather_base_logprobs"),
+    Assignment("metrics", 4, "4.2", "predictions, refusals, accuracy, weighted F1",
+               "test_predict_ or test_refuses or test_metrics or test_score", 40, "macro F1",
                "evaluate.predict evaluate.run_queries evaluate.refuses evaluate.metrics "
-               "evaluate.score",
-               "predictions in batches, refusals, accuracy and weighted F1",
-               "test_predict_ or test_refuses or test_metrics or test_score", 40,
-               "macro or micro F1; answers in the order of the batches")]
+               "evaluate.score")]
 
 TIME_LIMIT = 60  # seconds per process
 

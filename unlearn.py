@@ -5,6 +5,14 @@
 
 For each seed the base model first learns the data (QLoRA); then each method, starting from that
 base model, unlearns the forget set. The loss of Eq. (5) is in soft_prompt.py.
+Where to look:
+    what a method starts from and what it trains    make_trainable
+    one objective in several parts and processes    split_step, data.collate (weights are the whole
+                                                    step's), sum_gradients
+    whether a row is finished                       train_row: one with an equal Record exists
+    an interrupted training                         Log.save and Log.load, once per epoch
+    a flag of your own                              make_parser; if it changes results, also a field
+                                                    of evaluate.Record with the same name
 """
 import argparse
 import copy
@@ -353,7 +361,7 @@ def train_row(record, bench):
     """Train, save and evaluate one record. Returns its row, finished or new."""
     run, args, method = bench.run, bench.args, METHODS.get(record.method)
     row = evaluate.find_row(run.rows, record)
-    if row:
+    if row:  # finished: its record is equal
         print(evaluate.describe_reuse(row))
         return row
     dataset, phi = bench.load_data(record), None
@@ -538,7 +546,11 @@ DATASETS = {("paper", "yelp"): dict(qlora_epochs=2), ("paper", "wmdp+sciq"): dic
 
 
 def make_parser():
-    """Return the parser of unlearn.py's flags; the defaults are the paper's settings."""
+    """Return the parser of unlearn.py's flags; the defaults are the paper's settings.
+
+    A flag that changes results is also a field of evaluate.Record, from which `train` reads it;
+    `make_record` empties it where a method does not use it.
+    """
     parser = argparse.ArgumentParser(
         usage="python unlearn.py [flags]",
         description="Soft prompting for unlearning in language models. Example: python unlearn.py "
