@@ -990,6 +990,34 @@ def test_base_logprobs_are_those_of_the_right_rows_and_computed_once():
         bench.gather_base(evaluate.Record("ga+kl", "lm", "sst2", 0), queries)
     bench.gather_base(evaluate.Record("ga+kl", "lm", "sst2", 0), queries[:7])
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_memory_is_what_autograd_keeps(kind):
+    ours, B, T, p = random_model(kind), 32, 40, 30
+    tokens, phi = torch.randint(3, 96, (B, T)), random_phi(p).requires_grad_()
+    known, saved = {w.untyped_storage().data_ptr() for w in ours.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+    gradients = 4 * 4 * (p + B * T) * ours.config.intermediate_size  # only in the backward pass
+    expected, checkpointed = [
+        n - gradients for n in model.activation_bytes(ours.config, B, T, p, 4, True)]
+    one_layer = expected / ours.config.num_hidden_layers
+    for is_checkpointing, n_bytes in ((False, expected), (True, checkpointed - one_layer)):
+        saved.clear()
+        ours.checkpointing = is_checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            ours(tokens, torch.arange(B) * T, phi)
+        found = sum(n for n, _ in saved.values())
+        assert found == pytest.approx(n_bytes, rel=0.3 if is_checkpointing else 0.05)
+
+def test_the_fused_attention_of_gpus_equals_the_written_out_one():
+    q, k, v = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
+    fused = F.scaled_dot_product_attention(q, k, v, model.causal_lower_right(5, 9), enable_gqa=True)
+    assert_close(model.attend(q, k, v), fused, 1e-5)
+
 
 # ---- 3. the paper's settings -------------------------------------------------------------------
 
@@ -2255,35 +2283,6 @@ def test_the_audit_never_holds_two_models(micro, monkeypatch):
     monkeypatch.setattr(evaluate, "load_base", spy)
     evaluate.main(["run", "--audit"])
     assert len(alive) > 5
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_printed_memory_is_what_autograd_keeps(kind):
-    ours, B, T, p = random_model(kind), 32, 40, 30
-    tokens, phi = torch.randint(3, 96, (B, T)), random_phi(p).requires_grad_()
-    known, saved = {w.untyped_storage().data_ptr() for w in ours.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-    gradients = 4 * 4 * (p + B * T) * ours.config.intermediate_size  # only in the backward pass
-    expected, checkpointed = [
-        n - gradients for n in model.activation_bytes(ours.config, B, T, p, 4, True)]
-    one_layer = expected / ours.config.num_hidden_layers
-    for is_checkpointing, n_bytes in ((False, expected), (True, checkpointed - one_layer)):
-        saved.clear()
-        ours.checkpointing = is_checkpointing
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            ours(tokens, torch.arange(B) * T, phi)
-        found = sum(n for n, _ in saved.values())
-        assert found == pytest.approx(n_bytes, rel=0.3 if is_checkpointing else 0.05)
-
-def test_the_fused_attention_of_gpus_equals_the_written_out_one():
-    q, k, v = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
-    fused = F.scaled_dot_product_attention(q, k, v, model.causal_lower_right(5, 9), enable_gqa=True)
-    assert_close(model.attend(q, k, v), fused, 1e-5)
-
 
 
 # ---- 10. the README and the imports ------------------------------------------------------------
