@@ -371,6 +371,7 @@ class DoublingLayer(nn.Module):
 @pytest.mark.parametrize("p", [0, 2])
 def test_LanguageModel_states_are_those_of_the_answer_rows_after_phi(p):
     net = model.build(small_config())
+    assert net.lm_head.weight is not net.embed_tokens.weight, "the head is tied by default"
     net.layers, net.norm = nn.ModuleList([DoublingLayer(), DoublingLayer()]), DoublingLayer()
     net.add_positions = lambda x, positions, n: (
         x + (10.0 ** positions[:, None] + n).to(x.dtype), "rotary")
@@ -762,7 +763,7 @@ class StubLog:
 
     def add(self, epoch, step, steps, totals, seconds):
         assert not any(x.requires_grad for x in totals.values()), "logged losses keep the graph"
-        self.lines.append({"step": step, "rate": self.optimizer.param_groups[0]["lr"],
+        self.lines.append({"epoch": epoch, "step": step, "rate": self.optimizer.param_groups[0]["lr"],
                            "seconds": 2.0, **totals})
 
     def watch(self, *others):
@@ -847,6 +848,7 @@ def test_train_warms_up_for_10_percent_for_phi_and_5_for_weights_and_fills_the_r
             rate = 0.5 * (1 + math.cos(math.pi * (i - n_warmup) / (40 - n_warmup)))
         assert_near(f"learning rate of step {i}", line["rate"], 0.1 * rate)
     assert_equal("step numbers", [line["step"] for line in log.lines], list(range(1, 41)))
+    assert_equal("epochs", [line["epoch"] for line in log.lines], [1] * 20 + [2] * 20)
     assert_equal("epochs after which the state is saved", log.saved, [1, 2])
     is_frozen = net.w.tolist() == [[0.5, -1.0, 2.0]]
     assert_equal("the model's own weights stay", is_frozen, trains == "prompt")
@@ -1012,6 +1014,14 @@ def test_the_printed_memory_is_what_autograd_keeps(kind):
             ours(tokens, torch.arange(B) * T, phi)
         found = sum(n for n, _ in saved.values())
         assert found == pytest.approx(n_bytes, rel=0.3 if is_checkpointing else 0.05)
+    ours.checkpointing = False
+    ours.requires_grad_(True)  # as QLoRA and the baselines train it
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ours(tokens, torch.arange(B) * T)
+    n_bytes = model.activation_bytes(ours.config, B, T, 0, 4, False)[0]
+    n_bytes -= 4 * 4 * B * T * ours.config.intermediate_size
+    assert sum(n for n, _ in saved.values()) == pytest.approx(n_bytes, rel=0.15)
 
 def test_the_fused_attention_of_gpus_equals_the_written_out_one():
     q, k, v = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
