@@ -52,6 +52,18 @@ from model import InputError
 ROOT = Path(__file__).resolve().parent
 SHARED = ROOT.parent / "shared"
 
+@pytest.fixture(scope="module", autouse=True)
+def say_what_was_skipped(request):
+    """Print one line at the end if tests lacked a package to compare with."""
+    yield
+    plugins = request.config.pluginmanager
+    reporter = plugins.get_plugin("terminalreporter")
+    reasons = [str(report.longrepr) for report in reporter.stats.get("skipped", [])]
+    n = sum("is not installed" in reason for reason in reasons)
+    if n:
+        with plugins.get_plugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{n} comparisons skipped: pip install transformers peft bitsandbytes pyarrow")
+
 
 # ---- 1. one function at a time, in reading order: what the assignments are graded by -----------
 #
@@ -763,8 +775,8 @@ class StubLog:
 
     def add(self, epoch, step, steps, totals, seconds):
         assert not any(x.requires_grad for x in totals.values()), "logged losses keep the graph"
-        self.lines.append({"epoch": epoch, "step": step, "rate": self.optimizer.param_groups[0]["lr"],
-                           "seconds": 2.0, **totals})
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.lines.append({"epoch": epoch, "step": step, "rate": rate, "seconds": 2.0, **totals})
 
     def watch(self, *others):
         pass
@@ -2101,7 +2113,7 @@ WRONG = [  # command or flags, file, new content (a dict: changed keys), part of
     ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + "[1]\n", "row 2: [1]; expected an object"),
     ("wmdp+sciq", "wmdp-bio.jsonl", QUIZ + "{'question'}\n", "wmdp-bio.jsonl row 2: Expecting"),
     ("splits", "train_retain.jsonl", '{"text": null, "label": "x"}', "row 1: {'text': None"),
-    ("splits", "train_retain.jsonl", '{"text": ["a"], "label": "x"}', "text is ['a']; expected one"),
+    ("splits", "train_retain.jsonl", '{"text": ["a"], "label": "x"}', "text is ['a']; expected"),
     ("splits", "train_retain.csv", "text,label\na,b\n", "no train_forget file"),
     ("splits", "train_retain.csv", 'text,label\n"a,b\n', "train_retain.csv row 1: unexpected end")]
 
