@@ -222,9 +222,10 @@ def make_batches(queries, record, epoch):
 def split_step(step, accumulate):
     """Return this process's share of each of the `accumulate` parts of a step.
 
-    The parts' losses add up, because weights are those of the whole step (`data.collate`). Only the
-    masks of LoRA's dropout depend on the parts. With --forget-per-batch, the forget examples are
-    at the end; each part gets its share of them.
+    Each part's loss is divided by the whole step's counts (`data.collate`), so gradients are summed
+    over parts (`backward`) and processes (`sum_gradients`), never averaged; `backward` undoes
+    fully_shard's average. Only the masks of LoRA's dropout depend on the parts. With
+    --forget-per-batch, the forget examples are at the end; each part gets its share of them.
     """
     return [share_of_process(step[k::accumulate]) for k in range(accumulate)]
 
@@ -572,6 +573,10 @@ def make_parser():
     add("--dtype", choices=("fp32", "bf16"), help="compute dtype (bf16 on a GPU that has it)")
     add("--device", help="cpu, cuda or mps (cuda where there is a GPU)")
     add("--checkpointing", action="store_true", help="recompute layers: less memory, more time")
+    add = parser.add_argument_group("all trainings").add_argument
+    add("--seed", nargs="+", type=int, default=[0], help="split, order and initial values")
+    add("--batch", type=count, default=32, help="examples per step, except QLoRA's")
+    add("--clip", type=positive, default=0.3, help="largest norm of the gradient")
     add = parser.add_argument_group("base model (QLoRA)").add_argument
     add("--base", nargs="+", choices=("full", "retain"), default=["full"],
         help="what it learns: all, or the retain set (the retrained reference)")
@@ -605,10 +610,7 @@ def make_parser():
         help="forget examples per step; 0: as they come")
     add = parser.add_argument_group("running").add_argument
     add("--preset", choices=PRESETS, help="default settings (toy, or with --model paper)")
-    add("--seed", nargs="+", type=int, default=[0], help="split, order and initial values")
-    add("--batch", type=count, default=32, help="examples per step")
     add("--accumulate", type=count, default=1, help="compute each step in this many parts")
-    add("--clip", type=positive, default=0.3, help="largest norm of the gradient")
     add("--out", help="run directory (runs/MODEL-DATASET)")
     add("--cache", default="runs", help="where the toy LM is kept")
     add("--threads", type=count, help="CPU threads")
