@@ -795,8 +795,8 @@ def run_train(monkeypatch, loss, queries, encoder=None, base=None, accumulate=1,
     args = SimpleNamespace(accumulate=accumulate, device="cpu")
     return net, log, unlearn.train(record, net, encoder, queries, base, log, args)
 
-@pytest.mark.parametrize("beta2", [0.9, None])
-def test_train_takes_steps_of_AdamW_with_a_clipped_gradient(beta2, monkeypatch):
+@pytest.mark.parametrize("beta2, n_parts", [(0.9, 1), (None, 2)])
+def test_train_takes_steps_of_AdamW_with_a_clipped_gradient(beta2, n_parts, monkeypatch):
     factors, encoder = [1.0, 5.0, 0.05], FreePhi()
     w, m, v = encoder.w[0].tolist(), [0.0] * 3, [0.0] * 3
     for t, rate in enumerate([0.1, 0.1, 0.05], start=1):  # one step of warm-up, then a cosine
@@ -808,11 +808,13 @@ def test_train_takes_steps_of_AdamW_with_a_clipped_gradient(beta2, monkeypatch):
             v[i] = (beta2 or 0.999) * v[i] + (1 - (beta2 or 0.999)) * g_i ** 2
             update = (m[i] / (1 - 0.9 ** t)) / math.sqrt(v[i] / (1 - (beta2 or 0.999) ** t))
             w[i] -= rate * (update + 0.001 * w[i])
-    remaining = iter(factors)
+    remaining = iter([factor / n_parts for factor in factors for _ in range(n_parts)])
 
     def loss(logits, *others):
         return next(remaining) * (logits - 1).square().sum(), {}
-    run_train(monkeypatch, loss, [Query((1,), (2,), False)], encoder, epochs=3, beta2=beta2)
+    queries = [Query((1,), (2,), False)] * n_parts
+    run_train(monkeypatch, loss, queries, encoder, None, n_parts, epochs=3, batch=n_parts,
+              beta2=beta2)
     assert_near("phi after three steps", encoder.w, [w], ("token", "value"))
 
 def test_train_hands_the_loss_logits_base_distribution_targets_and_weights(monkeypatch):
@@ -954,29 +956,6 @@ def test_padding_changes_nothing(kind):
     logits.sum().backward()
     assert phi.grad.eq(0).all()  # there, and zero: the other processes wait for it
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_an_answer_is_right_if_the_argmax_is_right_at_each_of_its_rows(kind):
-    ours, phi = random_model(kind), random_phi()
-    texts, queries = [(7, 8, 9), (3,), (5, 6)], []
-    for i, text in enumerate(texts):
-        decoded = ()
-        while len(decoded) <= i:  # greedy answers of one, two and three tokens
-            tokens = torch.tensor([text + decoded])
-            decoded += (ours(tokens, None, phi)[0, -1].argmax().item(),)
-        queries.append(Query(text, decoded, False))
-    pred = evaluate.predict(ours, queries, phi)
-    assert pred == [query.answer for query in queries]
-    assert evaluate.score(pred, queries) == {"n": 3, "acc": 100.0, "f1": None}
-    one, two, three = pred
-    other = (two[0], (two[1] + 1) % 96)  # right at its first row only
-    wrong = [queries[0], queries[1]._replace(answer=other), queries[2]]
-    assert evaluate.score(evaluate.predict(ours, wrong, phi), wrong)["acc"] == 66.67
-    assert evaluate.refuses(ours, queries, [two], phi) == [False, True, False]
-    assert evaluate.refuses(ours, queries, [one, other, three], phi) == [True, False, True]
-    for query, states in zip(queries, evaluate.answer_states(ours, queries, phi)):
-        assert states.shape == (len(query.answer), 64)
-        assert ours.lm_head(states).argmax(-1).tolist() == list(query.answer)
-
 def random_queries(n_retain, n_forget, seed=0):
     """Return queries of 2 to 9 tokens with answers of 1 to 3, the retain set first."""
     rng, queries = random.Random(seed), []
@@ -986,23 +965,20 @@ def random_queries(n_retain, n_forget, seed=0):
         queries.append(Query(tuple(ids), tuple(answer), i >= n_retain))
     return queries
 
-def make_base(name, ours, queries):
-    """Return the Base of these queries for a method, and the Workbench that keeps it."""
-    bench = unlearn.Workbench(None, None, None)
-    bench.load_start = lambda record: ours
-    return bench.gather_base(evaluate.Record(name, "lm", "sst2", 0), queries), bench
-
 def test_base_logprobs_are_those_of_the_right_rows_and_computed_once():
     ours, queries, index = random_model("llama"), random_queries(5, 4), [7, 2, 0, 5, 4]
     batch = data.collate(queries, index, index, "cpu")
     expected = ours(batch.tokens, batch.answers).log_softmax(-1)
-    base, bench = make_base("spul", ours, queries)
+    bench = unlearn.Workbench(None, None, None)
+    bench.load_start = lambda record: ours
+    record = evaluate.Record("spul", "lm", "sst2", 0)
+    base = bench.gather_base(record, queries)
     assert_close(unlearn.gather_base_logprobs(base, index), expected)
-    queries[7] = queries[7]._replace(answer=(1, 2, 3))  # another method's target: new rows
-    bench.load_start = lambda record: SimpleNamespace(lm_head=ours.lm_head)
-    with pytest.raises(AttributeError):  # it needs the model again
-        bench.gather_base(evaluate.Record("ga+kl", "lm", "sst2", 0), queries)
-    bench.gather_base(evaluate.Record("ga+kl", "lm", "sst2", 0), queries[:7])
+    ours.states = None  # the model is not asked about the same queries again
+    again = bench.gather_base(record, queries[::-1])
+    assert_close(unlearn.gather_base_logprobs(again, [8 - i for i in index]), expected)
+    with pytest.raises(TypeError):  # another method's target has other rows
+        bench.gather_base(record, [queries[7]._replace(answer=(1, 2, 3))])
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_printed_memory_is_what_autograd_keeps(kind):
@@ -1071,31 +1047,6 @@ def shared(path):
         pytest.skip(f"no ../shared/data/{path}")
     return SHARED / "data" / path
 
-@pytest.mark.parametrize("name", ["spul", "ga+gd"])
-@pytest.mark.parametrize("n_forget", [1, 3])
-def test_paper_objective_is_kept_by_accumulation(name, n_forget, monkeypatch):
-    queries, found = random_queries(32 - n_forget, n_forget), []
-    record = evaluate.Record(name, "lm", "sst2", 0, lr=1e-4, alpha=1.0, beta=0.5, epochs=1,
-                             batch=32, clip=1.0)
-    log = SimpleNamespace(load=lambda *state: 0, add=lambda *columns: None, lines=[],
-                          watch=lambda *system: None, save=lambda *state: None)
-
-    def spy(params, record, totals):
-        losses = {name: value.item() for name, value in totals.items()}
-        found.append((torch.cat([w.grad.flatten() for w in params]), losses))
-    monkeypatch.setattr(unlearn, "clip_gradient", spy)
-    for accumulate in (1, 8):  # one part of 32, or eight parts of 4
-        ours = random_model("llama gqa").requires_grad_(name == "ga+gd")
-        torch.manual_seed(0)
-        encoder = soft_prompt.PromptEncoder(P, 64) if name == "spul" else None
-        base, _ = make_base(name, ours, queries)
-        args = SimpleNamespace(accumulate=accumulate, device="cpu")
-        unlearn.train(record, ours, encoder, queries, base, log, args)
-    (one, losses), (eight, losses_of_parts) = found
-    assert one.norm() > 0
-    assert (one - eight).norm() / one.norm() <= 1e-5
-    assert losses == pytest.approx(losses_of_parts, rel=1e-5)
-
 @pytest.mark.parametrize("kind, D, width, layers, heads, prompt, adapter", [
     ("opt", 2048, 8192, 24, 32, 604_416, 3_145_728),          # OPT-1.3B
     ("llama", 4096, 11008, 32, 32, 1_192_192, 8_388_608),     # LLaMA-2-7B
@@ -1128,39 +1079,20 @@ def table_cells(text):
     lines = [re.split(r"\s*\|\s*|\s{2,}", line.strip(" |")) for line in text.splitlines()]
     return [[cell for cell in line if cell] for line in lines]
 
-def test_paper_rows_are_printed_below_ours(tmp_path):
-    rows = [make_row("vanilla", base=None, lr=None, epochs=None, forget_fraction=None)]
-    rows += [make_row(name) for name in ("qlora", "spul", "ga", "rl", "ga+kl", "ga+gd")]
-    model.write_json(tmp_path / "results.json", {"args": {}, "rows": rows})
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path, "--f1"],
-                          capture_output=True, text=True, encoding="utf-8",
-                          env={**os.environ, "PYTHONUTF8": "1"})
-    assert done.returncode == 0, done.stderr
-    lines, plain = table_cells(done.stdout), table_cells(evaluate.table(rows))
-    for method, *cells in [
-            ("vanilla", "37.50/44.66", "31.79/38.34", "37.51/44.67", "29.67/36.85"),
-            ("qlora", "99.89/99.89", "99.72/99.72", "95.57/95.57", "96.07/96.07"),
-            ("spul", "99.15/99.39", "12.98/22.94", "94.93/95.24", "16.07/27.42"),
-            ("ga", "55.66/39.80", "53.93/37.83", "55.96/40.16", "56.89/41.25"),
-            ("ga+gd", "97.17/97.50", "13.75/20.58", "94.43/94.76", "11.31/17.18")]:
-        i = [line[:1] for line in lines].index([method])
-        assert lines[i][-4:] == ["90.0 / 90.0"] * 4
-        below = [cell.replace(" ", "") for cell in lines[i + 1]]
-        assert "paper" in below[0] and below[-4:] == cells
-        i = [line[:1] for line in plain].index([method])
-        assert plain[i][-4:] == ["90.0"] * 4  # accuracy only
-        assert plain[i + 1][-4:] == [cell.partition("/")[0] for cell in cells]
-
-def test_paper_cells_of_tables_3_4_and_5_are_found_by_alpha_beta_fraction_and_model():
-    for changes, number in [
-            ({"alpha": 0.1, "beta": 0.0}, "90.84/92.69"), ({"beta": 1.0}, "95.70/96.19"),
-            ({"beta": 1.0, "forget_fraction": 0.25}, "99.37/99.60"),
-            ({"model": "opt-1.3b", "beta": 1.0}, "94.87/96.89"),
-            ({"model": "Llama-2-13b-hf", "beta": 1.0}, "98.87/98.93"),
-            ({"dataset": "yelp"}, "89.74/93.43"), ({"dataset": "wmdp+sciq"}, "99.38/99.45"),
-            ({"dataset": "toy", "model": "toy"}, "99.15/99.39")]:  # the toy beside SST-2
-        assert number in evaluate.table([make_row(**changes)], f1=True).replace(" / ", "/")
-    assert "paper" not in evaluate.table([make_row("npo"), make_row("spul", base="retain")])
+@pytest.mark.parametrize("method, changes, number", [
+    ("vanilla", {}, "37.50/44.66"), ("qlora", {}, "99.89/99.89"), ("ga+gd", {}, "97.17/97.50"),
+    ("spul", {}, "99.15/99.39"), ("spul", {"alpha": 0.1, "beta": 0.0}, "90.84/92.69"),
+    ("spul", {"beta": 1.0}, "95.70/96.19"),
+    ("spul", {"beta": 1.0, "forget_fraction": 0.25}, "99.37/99.60"),
+    ("spul", {"model": "opt-1.3b", "beta": 1.0}, "94.87/96.89"),
+    ("spul", {"model": "Llama-2-13b-hf", "beta": 1.0}, "98.87/98.93"),
+    ("spul", {"dataset": "yelp"}, "89.74/93.43"), ("rl", {"dataset": "wmdp+sciq"}, "99.32/99.32"),
+    ("spul", {"dataset": "toy", "model": "toy"}, "99.15/99.39"),  # the toy beside SST-2
+    ("npo", {}, None), ("spul", {"base": "retain"}, None)])
+def test_paper_rows_are_printed_below_ours(method, changes, number):
+    lines = table_cells(evaluate.table([make_row(method, **changes)], f1=True))
+    i = [line[-4:] for line in lines].index(["90.0 / 90.0"] * 4)
+    assert lines[i + 1][-4:][:1] == [number] if number else "paper" not in str(lines)
 
 
 # ---- 4. the toy: SPUL unlearns -----------------------------------------------------------------
@@ -1365,12 +1297,6 @@ def weight_matrix(i):
         w.view(-1)[w.numel() // 3:w.numel() // 3 + 150] = 0
     return w.to((torch.float32, torch.bfloat16, torch.float16)[i % 3])
 
-def dequantize_by_definition(w):
-    """Return the weights that NF4 keeps of w: one code per value, one scale per 64 values."""
-    packed, absmax = model.quantize_nf4(w)
-    codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[:w.numel()]
-    return (model.NF4[codes.long()] * absmax.repeat_interleave(64)[:w.numel()]).view(w.shape)
-
 def test_nf4_codes_and_scales_equal_bitsandbytes_bit_for_bit():
     bnb = need("bitsandbytes").functional
     for i in range(100):
@@ -1380,16 +1306,6 @@ def test_nf4_codes_and_scales_equal_bitsandbytes_bit_for_bit():
         packed, absmax = model.quantize_nf4(w)
         assert torch.equal(packed, theirs.view(-1)), f"matrix {i}, {w.shape}, {w.dtype}"
         assert torch.equal(absmax, state.absmax), f"matrix {i}, {w.shape}, {w.dtype}"
-
-def test_a_4bit_layer_has_the_output_and_gradient_of_its_weights_by_definition():
-    w, bias, x = torch.randn(33, 57), torch.randn(33), torch.randn(3, 5, 57)
-    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ours = model.Linear4bit(w, nn.Parameter(bias))(one)
-    theirs = F.linear(two, dequantize_by_definition(w), bias)
-    assert_close(ours, theirs, 1e-5)
-    (ours ** 2).sum().backward()
-    (theirs ** 2).sum().backward()
-    assert_close(one.grad, two.grad, 1e-3)
 
 @pytest.mark.parametrize("kind", ["llama gqa", "opt"])
 def test_unpacked_weights_compute_the_same_function_as_4bit_weights(kind, tmp_path):
@@ -1401,33 +1317,21 @@ def test_unpacked_weights_compute_the_same_function_as_4bit_weights(kind, tmp_pa
     assert_close(ours(TOKENS), before, atol=1e-5)
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_spul_step_unpacks_each_4bit_weight_twice_and_keeps_no_copy_of_it(
-        kind, monkeypatch, tmp_path):
+def test_a_spul_step_unpacks_each_4bit_weight_twice(kind, monkeypatch, tmp_path):
     ours = random_model(kind, "nf4", tmp_path)
     linear = [layer for layer in ours.layers.modules() if hasattr(layer, "out_features")]
-    calls, kept, dequantize = Counter(), {}, model.Linear4bit.dequantize
+    calls, dequantize = Counter(), model.Linear4bit.dequantize
 
     def count(layer, dtype):
         calls[layer] += 1
         return dequantize(layer, dtype)
     monkeypatch.setattr(model.Linear4bit, "dequantize", count)
-    known = {w.untyped_storage().data_ptr() for w in (*ours.parameters(), *ours.buffers())}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
     phi = random_phi().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = ours(TOKENS, ANSWERS, phi)
+    logits = ours(TOKENS, ANSWERS, phi)
     logits.square().sum().backward()
     assert phi.grad.abs().sum() > 0 and all(w.grad is None for w in ours.parameters())
     assert all(isinstance(layer, model.Linear4bit) for layer in linear)
     assert calls == dict.fromkeys(linear, 2)  # the forward and the backward pass
-    activations = sum(size for place, size in kept.items() if place not in known)
-    B, T, D, width, H = 4, 12, 64, 112, 4
-    per_row = 8 * D + (1 if kind == "opt" else 3) * width
-    attention = H * (B * T * (P + T) + P * P)
-    assert activations / 4 <= 2 * ((P + B * T) * per_row + attention)  # float32, two layers
 
 def test_scales_of_4bit_weights_stay_float32_whatever_the_model_is_cast_to(tmp_path):
     ours = random_model("llama", "nf4", tmp_path)
@@ -1598,6 +1502,7 @@ def write_rows(path, rows):
         path.write_bytes("\r\n".join([*lines, ""]).encode("utf-8-sig"))
     elif path.suffix == ".parquet":
         table = pytest.importorskip("pyarrow", reason="pyarrow is not installed").Table
+        rows = [row | {"text": row["text"].encode()} for row in rows]  # bytes, as some files have
         pytest.importorskip("pyarrow.parquet").write_table(table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
@@ -1621,15 +1526,6 @@ def test_own_splits_are_read_from_every_suffix_in_the_authors_columns_too(tmp_pa
 def test_json_lines_named_json_and_long_texts_are_read(tmp_path, name, content):
     Path(tmp_path, name).write_text(content)
     assert [text[:1] for text, _ in data.read_rows(tmp_path, "a", ("text", "label"))] == ["x", "z"]
-
-def test_parquet_texts_may_be_bytes_but_not_lists(tmp_path):
-    for text, is_fine in ((b"a film", True), (["a film"], False)):
-        write_rows(tmp_path / "a.parquet", [{"text": text, "label": "y"}])
-        if is_fine:
-            assert data.read_rows(tmp_path, "a", ("text", "label")) == [["a film", "y"]]
-        else:
-            with pytest.raises(InputError, match="expected one text"):
-                data.read_rows(tmp_path, "a", ("text", "label"))
 
 def test_texts_in_both_sets_or_with_two_labels_are_counted():
     splits = {split: [data.Example(f"{split} {i}", "x") for i in range(3)] for split in data.SPLITS}
@@ -2006,22 +1902,6 @@ def test_a_bug_in_a_method_of_your_own_keeps_its_traceback(micro, body, shown):
     assert done.returncode == 1 and "Traceback" in done.stderr and shown in done.stderr
     assert "in train" in done.stderr and "unlearn.py" in done.stderr
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(micro, monkeypatch, capsys):
-    drop_row("run")
-    calls, method = [], unlearn.METHODS["spul"]
-
-    def breaking(*args):
-        loss, parts = method.loss(*args)
-        calls.append(loss)
-        return loss * (float("nan") if len(calls) == 18 else 1), parts
-    with monkeypatch.context() as patch:
-        patch.setitem(unlearn.METHODS, "spul", method._replace(loss=breaking))
-        assert model.run_cli(lambda: train("run")) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "loss nan" in error and "lower the learning rate" in error
-    train("run")
-    assert "resumes after epoch 1" in capsys.readouterr().out
-
 
 # ---- 8. bad input: one line, exit status 2 -----------------------------------------------------
 
@@ -2345,6 +2225,25 @@ def test_the_code_that_the_readme_names_exists():
 def test_the_readme_lists_the_assignments():
     for assignment in ASSIGNMENTS:
         assert assignment.as_markdown() in README
+
+def printed_rows(capsys, run):
+    """Return {system: its last four cells, and those of the paper below} that a run prints."""
+    evaluate.main([str(ROOT / "results" / run)])
+    lines, found = list(filter(None, table_cells(capsys.readouterr().out))), {}
+    for line, below in zip(lines, lines[1:]):
+        paper = below[-4:] if "paper" in below[0] else [""] * 4
+        found[line[0]] = line[-4:], paper
+    return found
+
+def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
+    section = README.partition("## The result")[2].partition("Make the rows")[0]
+    head, _, *lines = [line.split("|")[1:-1] for line in section.splitlines() if line[:1] == "|"]
+    printed = printed_rows(capsys, "toy")
+    assert len(lines) == 8
+    for line in lines:
+        name, *cells = [cell.strip(" *") for cell in line]
+        ours, paper = printed[{"base (QLoRA)": "qlora"}.get(name, name.lower())]
+        assert cells == [*paper[2:], *ours[2:]], name
 
 def readme_code(word):
     """Return the one Python block of the README that has a word in it."""

@@ -553,67 +553,74 @@ def make_parser():
     `make_record` empties it where a method does not use it.
     """
     parser = argparse.ArgumentParser(
-        usage="python unlearn.py [flags]",
-        description="Soft prompting for unlearning in language models. Example: python unlearn.py "
-        "--preset small --model MODEL --dataset sst2 --data-dir DATA --method spul ga+gd",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=100))
+        usage="python unlearn.py --preset small --model MODEL --dataset sst2 --data-dir DATA",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=31, width=99),
+        add_help=False)
     count, positive = within(1, kind=int), within(sys.float_info.min)
-    add = parser.add_argument_group("data").add_argument
+
+    def add(flag, default=None, help="", **options):
+        """Add a flag to the group, with its default in the help."""
+        if default not in (None, False):
+            several = default if isinstance(default, list) else [default]
+            help += f" [{' '.join(map(str, several))}]"
+        if "action" not in options:
+            options.setdefault("metavar", "X")
+        group.add_argument(flag, default=default, help=help, **options)
+
+    group = parser.add_argument_group("data and run (in brackets: the paper's settings)")
+    add("--help", action="help", help="show this")
+    add("--preset", choices=PRESETS, help="paper (with --model), small, or toy (without)")
+    add("--out", help="run directory (runs/MODEL-DATASET)")
+    add("--cache", "runs", help="where the toy LM is kept")
     data.add_data_flags(add)
     add("--max-eval", type=count, help="evaluate on at most this many train retain examples")
-    add("--max-len", type=count, default=1024, help="tokens per query; longer texts are cut")
+    add("--max-len", 1024, type=count, help="tokens per query; longer texts are cut")
     add("--template", help="a question of your own, with {text} and {label}")
     add("--labels", nargs="+", help="its labels (without: each example has its own answer)")
     add("--generic", nargs="+", help="generic answers for the forget set")
-    add = parser.add_argument_group("model").add_argument
+    add("--seed", [0], nargs="+", type=int, help="split, order and initial values")
+    group = parser.add_argument_group("model and machine")
     add("--model", help="LLaMA or OPT checkpoint directory (the toy: pretrained here)")
-    add("--weights", choices=("nf4", "bf16", "fp32"), default="nf4", help="frozen weights")
-    add("--dense", action=argparse.BooleanOptionalAction, default=False,
+    add("--weights", "nf4", choices=("nf4", "bf16", "fp32"), help="frozen: nf4, bf16 or fp32")
+    add("--dense", False, action=argparse.BooleanOptionalAction,
         help="unpack NF4 once: faster steps, more memory")
-    add("--dtype", choices=("fp32", "bf16"), help="compute dtype (bf16 on a GPU that has it)")
+    add("--dtype", choices=("fp32", "bf16"), help="to compute in: fp32, or bf16 (on GPUs with it)")
     add("--device", help="cpu, cuda or mps (cuda where there is a GPU)")
-    add("--checkpointing", action="store_true", help="recompute layers: less memory, more time")
-    add = parser.add_argument_group("all trainings").add_argument
-    add("--seed", nargs="+", type=int, default=[0], help="split, order and initial values")
-    add("--batch", type=count, default=32, help="examples per step, except QLoRA's")
-    add("--clip", type=positive, default=0.3, help="largest norm of the gradient")
-    add = parser.add_argument_group("base model (QLoRA)").add_argument
-    add("--base", nargs="+", choices=("full", "retain"), default=["full"],
-        help="what it learns: all, or the retain set (the retrained reference)")
-    add("--rank", type=count, default=16, help="rank of LoRA")
-    add("--lora-alpha", type=positive, default=64, help="LoRA's alpha")
-    add("--lora-dropout", type=within(0, 0.999), default=0.1, help="LoRA's dropout")
-    add("--targets", nargs="+", default=["q_proj", "v_proj"], help="layers to adapt, or all")
-    add("--qlora-lr", type=positive, default=1e-4, help="learning rate")
-    add("--qlora-epochs", type=count, default=10, help="epochs")
-    add("--qlora-batch", type=count, default=32, help="examples per step")
-    add = parser.add_argument_group("unlearning (several values make a grid)").add_argument
-    add("--method", nargs="+", choices=METHODS, default=["spul"], help="how to unlearn")
-    add("--alpha", nargs="+", type=within(0), default=[1.0], help="weight of L_r, Eq. (5)")
-    add("--beta", nargs="+", type=within(0), default=[0.5], help="weight of L_KL, Eq. (5)")
-    add("--p", nargs="+", type=count, default=[30], help="tokens of the soft prompt")
-    add("--lr", nargs="+", type=positive, default=[1e-4], help="learning rate of phi")
-    add("--epochs", type=count, default=10, help="epochs of phi")
-    add("--encoder", choices=("mlp", "none"), default="mlp",
-        help="what computes phi: P-tuning's MLP, or its values are learned directly")
-    add("--hidden", type=count, default=128, help="width of the MLP")
-    add("--init", default="none", help="where phi starts: forget (tokens typical of the forget "
-        "set), none, or the directory of a row, whose phi is trained further")
-    add("--beta2", type=within(0, 0.9999), default=0.999, help="AdamW's beta2 for phi")
-    add("--baseline-lr", nargs="+", type=positive, default=[1e-5], help="of the baselines")
-    add("--baseline-epochs", type=count, default=1, help="epochs of the baselines")
-    add("--tune", choices=("full", "lora"), default="full",
-        help="what the baselines train: all weights, or the adapter")
-    add("--forget-fraction", nargs="+", type=within(1e-9, 1), default=[1.0],
-        help="part of the forget set that unlearning sees, Table 4")
-    add("--forget-per-batch", type=within(0, kind=int), default=0,
-        help="forget examples per step; 0: as they come")
-    add = parser.add_argument_group("running").add_argument
-    add("--preset", choices=PRESETS, help="default settings (toy, or with --model paper)")
-    add("--accumulate", type=count, default=1, help="compute each step in this many parts")
-    add("--out", help="run directory (runs/MODEL-DATASET)")
-    add("--cache", default="runs", help="where the toy LM is kept")
+    add("--checkpointing", False, action="store_true", help="recompute layers: less memory")
+    add("--accumulate", 1, type=count, help="compute each step in this many parts")
     add("--threads", type=count, help="CPU threads")
+    group = parser.add_argument_group("base model (QLoRA)")
+    add("--base", ["full"], nargs="+", choices=("full", "retain"),
+        help="what it learns: full (all), retain (the retrained reference)")
+    add("--rank", 16, type=count, help="rank of LoRA")
+    add("--lora-alpha", 64, type=positive, help="LoRA's alpha")
+    add("--lora-dropout", 0.1, type=within(0, 0.999), help="LoRA's dropout")
+    add("--targets", ["q_proj", "v_proj"], nargs="+", help="layers to adapt, or all")
+    add("--qlora-lr", 1e-4, type=positive, help="learning rate")
+    add("--qlora-epochs", 10, type=count, help="epochs")
+    add("--qlora-batch", 32, type=count, help="examples per step")
+    group = parser.add_argument_group("unlearning (several values make a grid)")
+    add("--method", ["spul"], nargs="+", choices=METHODS, help=", ".join(METHODS))
+    add("--alpha", [1.0], nargs="+", type=within(0), help="weight of L_r, Eq. (5)")
+    add("--beta", [0.5], nargs="+", type=within(0), help="weight of L_KL, Eq. (5)")
+    add("--p", [30], nargs="+", type=count, help="tokens of the soft prompt")
+    add("--lr", [1e-4], nargs="+", type=positive, help="learning rate of phi")
+    add("--epochs", 10, type=count, help="epochs of phi")
+    add("--encoder", "mlp", choices=("mlp", "none"),
+        help="phi from P-tuning's MLP, or none: learned directly")
+    add("--hidden", 128, type=count, help="width of the MLP")
+    add("--init", "none", help="phi's start: forget (its typical tokens), or a row's directory")
+    add("--beta2", 0.999, type=within(0, 0.9999), help="AdamW's beta2 for phi")
+    add("--baseline-lr", [1e-5], nargs="+", type=positive, help="learning rate of the baselines")
+    add("--baseline-epochs", 1, type=count, help="epochs of the baselines")
+    add("--tune", "full", choices=("full", "lora"),
+        help="what the baselines train: full (all weights), lora (the adapter)")
+    add("--forget-fraction", [1.0], nargs="+", type=within(1e-9, 1),
+        help="part of the forget set, Table 4")
+    add("--batch", 32, type=count, help="examples per step")
+    add("--forget-per-batch", 0, type=within(0, kind=int),
+        help="forget examples among them; 0: as they come")
+    add("--clip", 0.3, type=positive, help="largest norm of the gradient, QLoRA's too")
     return parser
 
 
