@@ -476,6 +476,22 @@ def test_merge_lora_adds_the_update_to_the_dequantised_weights():
     assert attention.q_proj.bias is bias, "the bias is lost"
     assert_equal("dtype", lora.merge_lora(net, torch.bfloat16).lm_head.weight.dtype, torch.bfloat16)
 
+@pytest.mark.parametrize("dense, trainable, n_lora, n_trained", [
+    (False, False, 2, 0), (True, False, 0, 0), (True, True, 2, 4)])
+def test_load_base_merges_the_adapter_or_leaves_it_to_be_trained(
+        dense, trainable, n_lora, n_trained, tmp_path):
+    net, tokens = model.build(small_config()).eval(), torch.tensor([[3, 1, 4]])
+    model.save_model(net, tmp_path)
+    for w in lora.add_lora(net, 2, 6):
+        nn.init.normal_(w)
+    lora.save_adapter(net, tmp_path / "adapter")
+    found = lora.load_base(tmp_path, tmp_path / "adapter", "fp32", dense=dense, trainable=trainable)
+    assert_near("logits", found(tokens), net(tokens), ("text", "position", "word"), 1e-4)
+    layers = [layer for layer in found.modules() if isinstance(layer, lora.LoraLinear)]
+    assert_equal("LoRA layers", len(layers), n_lora)
+    assert_equal("trained tensors", sum(w.requires_grad for w in found.parameters()), n_trained)
+    assert_equal("training mode", found.training, False)
+
 class WordTokenizer:
     """Splits at spaces and gives each new word the next id, after a start token 1."""
     eos = 0
@@ -712,6 +728,21 @@ def test_choose_queries_takes_a_fraction_of_the_forget_set_and_for_retrain_none(
     assert_equal("the base's", found, retain + [q._replace(is_forget=False) for q in forget])
     assert_equal("retrain's", choose("qlora", base="retain")[2], retain)
 
+@pytest.mark.parametrize("method, tune, n_trained", [
+    ("spul", None, 0), ("qlora", None, 2), ("ga", "full", 12), ("ga", "lora", 4)])
+def test_make_trainable_trains_phi_an_adapter_or_all_weights(method, tune, n_trained):
+    net = model.build(small_config()).requires_grad_(False).eval()
+    if tune:
+        lora.add_lora(net, 2, 6)
+    record = evaluate.Record(method, "lm", "sst2", 0, rank=2, lora_alpha=6, lora_dropout=0.5, p=3,
+                             targets=("o_proj",), tune=tune, encoder="none", init="none")
+    args = SimpleNamespace(dtype="bf16", device="cpu", init=None)
+    found, encoder = unlearn.make_trainable(record, net, [], args)
+    assert_equal("trained tensors", sum(w.requires_grad for w in found.parameters()), n_trained)
+    assert_equal("an encoder", encoder is not None, method == "spul")
+    assert_equal("training mode: dropout", found.training, method == "qlora")
+    assert_equal("autocast to bf16 of float32 weights", found.autocast, tune == "full")
+
 def test_typical_tokens_are_in_the_most_forget_and_the_fewest_retain_queries():
     texts = [(5, 6), (6, 7, 4, 4, 4, 4), (6, 7)], [(6,), (7, 6, 6), (6, 4), (7,)]
     queries = [Query(ids, (0,), True) for ids in texts[0]]
@@ -778,8 +809,8 @@ class StubLog:
         rate = self.optimizer.param_groups[0]["lr"]
         self.lines.append({"epoch": epoch, "step": step, "rate": rate, "seconds": 2.0, **totals})
 
-    def watch(self, *others):
-        pass
+    def watch(self, model, encoder, step, steps):
+        assert_equal("step to watch", step, self.lines[-1]["step"])
 
     def save(self, params, optimizer, epoch):
         self.saved.append(epoch)
