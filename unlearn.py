@@ -534,8 +534,8 @@ PRESETS = {
     "paper": {},
     "small": dict(
         max_train=8000, max_test=2000, max_eval=2000, max_len=256, dense=True, lora_dropout=0.0,
-        targets=["all"], qlora_lr=5e-4, qlora_epochs=2, qlora_batch=16, batch=8, alpha=[10.0],
-        p=[50], encoder="none", lr=[0.075], epochs=1, forget_per_batch=2, init="forget",
+        targets=["all"], qlora_lr=5e-4, qlora_epochs=2, qlora_batch=16, batch=8, alpha=[20.0],
+        p=[100], encoder="none", lr=[0.075], epochs=2, forget_per_batch=2, init="forget",
         beta2=0.95),
     "toy": dict(
         max_len=256, dense=True, targets=["all"], qlora_epochs=1, qlora_batch=16, batch=16,
