@@ -8,6 +8,7 @@ import argparse
 import ast
 import csv
 import gc
+import io
 import json
 import math
 import os
@@ -1918,20 +1919,17 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import model, unlearn
 def my_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
-    %s
+    raise ValueError("my mistake")
 unlearn.METHODS["mine"] = unlearn.Method(my_loss, "generic", "prompt")
 sys.exit(model.run_cli(unlearn.main))
 """
 
-@pytest.mark.parametrize("body, shown", [
-    ('raise ValueError("my mistake")', 'mine.py", line 6, in my_loss'),
-    ("return 1, 2, 3", "too many values to unpack")])
-def test_a_bug_in_a_method_of_your_own_keeps_its_traceback(micro, body, shown):
-    Path("mine.py").write_text(STUDENT % body)
+def test_a_bug_in_a_method_of_your_own_keeps_its_traceback(micro):
+    Path("mine.py").write_text(STUDENT)
     done = subprocess.run([sys.executable, "mine.py", *MICRO, "--out", "run", "--method", "mine"],
                           capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr and shown in done.stderr
-    assert "in train" in done.stderr and "unlearn.py" in done.stderr
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert 'mine.py", line 6, in my_loss' in done.stderr and "unlearn.py" in done.stderr
 
 
 # ---- 8. bad input: one line, exit status 2 -----------------------------------------------------
@@ -2193,10 +2191,9 @@ def test_a_lost_process_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     with pytest.raises(RuntimeError, match="shape"):
         model.run_cli(lambda: fail("shape '[3]' is invalid"))
 
-def test_a_terminal_without_the_characters_of_a_text_is_no_error(micro):
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "run", "--ask", "caf\udce9 中"],
-                          env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
-    assert done.returncode == 0, done.stderr
+def test_a_terminal_without_the_characters_of_a_text_is_no_error(micro, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert model.run_cli(lambda: evaluate.main(["run", "--ask", "caf\udce9 中"])) == 0
 
 def test_a_long_word_does_not_cost_its_length_squared(tmp_path):
     tokenizer, seconds = data.load_tokenizer(write_smollm2_tokenizer(tmp_path)), []
