@@ -141,7 +141,6 @@ def check_loss(name, loss, forget, retain=0.0, kl=0.0, base_logprobs=None):
     logits = torch.tensor(LOGITS, requires_grad=True)
     found, parts = loss(logits, base_logprobs, TARGETS, W_FORGET, W_RETAIN, 0.5, 0.1)
     w_ce, w_kl = forget * W_FORGET + retain * W_RETAIN, kl * W_RETAIN
-    assert_near(f"{name}: loss", found, (w_ce * CE + w_kl * KL).sum())
     expected = {"L_f": forget * (W_FORGET * CE).sum()}
     if retain:
         expected["L_r"] = (W_RETAIN * CE).sum()
@@ -150,6 +149,7 @@ def check_loss(name, loss, forget, retain=0.0, kl=0.0, base_logprobs=None):
     assert_equal(f"{name}: names of the parts", sorted(parts), sorted(expected))
     for part, value in expected.items():
         assert_near(f"{name}: {part}", parts[part], value)
+    assert_near(f"{name}: loss", found, (w_ce * CE + w_kl * KL).sum())
     found.backward()
     gradient = w_ce[:, None] * CE_GRADIENT + w_kl[:, None] * KL_GRADIENT
     assert_near(f"{name}: gradient", logits.grad, gradient, ROW_WORD)
@@ -762,6 +762,8 @@ def test_make_batches_puts_the_most_tokens_first_and_draws_each_epoch_again():
     retain = sorted(i for step in one for i in step if i >= 50)
     assert_equal("retain examples of an epoch", retain, list(range(50, 400)))
     assert two != three, "two epochs have the same batches in the same order"
+    again = unlearn.make_batches(queries_of_lengths(lengths, 50), record, 1)
+    assert two == again, "the same seed and epoch give other batches"
 
 @pytest.mark.parametrize("step, rate", [
     (0, 1.0), (1, 2.0), (2, 2.0), (5, 1.8660254), (8, 1.5), (11, 1.0), (19, 0.0151922)])
@@ -2446,15 +2448,12 @@ def transplant(reference, source, name):
 
 def write_starter(dir, names):
     """Copy the project to dir, with empty functions for the named assignments (all: no names)."""
-    known = [assignment.name for assignment in ASSIGNMENTS]
-    if Path(dir).exists() or not set(names) <= set(known):
-        raise InputError(f"{dir} {' '.join(names)}: expected a new directory, and names among "
-                         f"{', '.join(known)}")
-    files = read_project(ROOT)
-    for assignment in ASSIGNMENTS:
+    files, assignments = read_project(ROOT), choose_assignments(names)
+    if Path(dir).exists():
+        raise InputError(f"{dir} exists; expected a new directory")
+    for assignment in assignments:
         for file, name in places_of(assignment):
-            if assignment.name in names or not names:
-                files[file] = empty_function(files[file], name)
+            files[file] = empty_function(files[file], name)
     for name in ("README.md", "requirements.txt", "LICENSE"):
         text = (ROOT / name).read_text(encoding="utf-8")  # folded answers are left out
         files[name] = re.sub(r"<details>.*?</details>\n?", "", text, flags=re.DOTALL)
@@ -2462,6 +2461,7 @@ def write_starter(dir, names):
     for name, text in files.items():
         Path(dir, name).write_text(text, encoding="utf-8")
     shutil.copy(__file__, dir)
+    print(f"wrote {dir}: {len(assignments)} assignments")
 
 def run_tests(files, tests):
     """Run this file's tests on other sources: {test: its message, or ""}; {} after a crash."""
@@ -2518,21 +2518,30 @@ def grade_alone(assignment, theirs):
             return f"{file}: no {name} in it"
     return first_message(assignment, run_tests(files, assignment.tests))
 
-def grade(dir):
+def choose_assignments(names):
+    """Return the named assignments (all: no names)."""
+    known = [assignment.name for assignment in ASSIGNMENTS]
+    if not set(names) <= set(known):
+        raise InputError(f"{' '.join(names)}: expected names among {', '.join(known)}")
+    return [assignment for assignment in ASSIGNMENTS if assignment.name in names or not names]
+
+def grade(dir, names):
     """Print the points of a student's files, by this file's tests and not by theirs.
 
     An assignment that fails is graded again with only its own functions in our code.
     """
-    theirs = read_project(dir)
-    results = run_tests(theirs, " or ".join(assignment.tests for assignment in ASSIGNMENTS))
+    theirs, assignments = read_project(dir), choose_assignments(names)
+    if not theirs:
+        raise InputError(f"{dir}: no Python files; expected the directory of a starter")
+    results = run_tests(theirs, " or ".join(assignment.tests for assignment in assignments))
 
     def judge(assignment):
         message = first_message(assignment, results)
         return grade_alone(assignment, theirs) if message else ""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        messages = list(pool.map(judge, ASSIGNMENTS))
+        messages = list(pool.map(judge, assignments))
     reached = possible = 0
-    for assignment, message in zip(ASSIGNMENTS, messages):
+    for assignment, message in zip(assignments, messages):
         is_skipped = message.startswith("skipped")
         points = 0 if message else assignment.points
         reached, possible = reached + points, possible + (0 if is_skipped else assignment.points)
@@ -2545,12 +2554,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Assignments; the tests: python -m pytest")
     parser.add_argument("command", choices=("starter", "grade"))
     parser.add_argument("dir", help="directory to write, or of the files to grade")
-    parser.add_argument("names", nargs="*", help="assignments with empty functions (all)")
+    parser.add_argument("names", nargs="*", help="assignments (all)")
     args = parser.parse_args(argv)
     if args.command == "starter":
         write_starter(args.dir, args.names)
     else:
-        grade(args.dir)
+        grade(args.dir, args.names)
 
 if __name__ == "__main__":
     sys.exit(model.run_cli(main))

@@ -568,7 +568,7 @@ def make_parser():
         group.add_argument(flag, default=default, help=help, **options)
 
     group = parser.add_argument_group("data and run (in brackets: the paper's settings)")
-    add("--help", action="help", help="show this")
+    group.add_argument("-h", "--help", action="help", help="show this")
     add("--preset", choices=PRESETS, help="paper (with --model), small, or toy (without)")
     add("--out", help="run directory (runs/MODEL-DATASET)")
     add("--cache", "runs", help="where the toy LM is kept")
