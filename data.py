@@ -792,8 +792,8 @@ DATASETS = {  # how the splits are made, from which files
 def add_data_flags(add):
     """Add the flags that choose the texts, for data.py and unlearn.py. add: `add_argument`."""
     count = within(1, kind=int)
-    add("--dataset", default="toy", choices=TASKS, help="splits: your own four files; or "
-        + ", ".join(list(TASKS)[:-1]))
+    add("--dataset", default="toy", choices=TASKS,
+        help="toy, sst2, yelp, wmdp+sciq, or splits: your own four files")
     add("--data-dir", default=".", help="directory of the dataset's files")
     add("--max-train", type=count, help="at most this many train retain examples")
     add("--max-test", type=count, help="at most this many test retain examples")

@@ -560,14 +560,14 @@ def make_parser():
 
     def add(flag, default=None, help="", **options):
         """Add a flag to the group, with its default in the help."""
-        if default not in (None, False):
+        if default is not None and default is not False:  # 0 is shown
             several = default if isinstance(default, list) else [default]
             help += f" [{' '.join(map(str, several))}]"
         if "action" not in options:
             options.setdefault("metavar", "X")
         group.add_argument(flag, default=default, help=help, **options)
 
-    group = parser.add_argument_group("data and run (in brackets: the paper's settings)")
+    group = parser.add_argument_group("data and run (in brackets: the defaults)")
     group.add_argument("-h", "--help", action="help", help="show this")
     add("--preset", choices=PRESETS, help="paper (with --model), small, or toy (without)")
     add("--out", help="run directory (runs/MODEL-DATASET)")
@@ -581,7 +581,7 @@ def make_parser():
     add("--seed", [0], nargs="+", type=int, help="split, order and initial values")
     group = parser.add_argument_group("model and machine")
     add("--model", help="LLaMA or OPT checkpoint directory (the toy: pretrained here)")
-    add("--weights", "nf4", choices=("nf4", "bf16", "fp32"), help="frozen: nf4, bf16 or fp32")
+    add("--weights", "nf4", choices=("nf4", "bf16", "fp32"), help="frozen weights: nf4, bf16 or fp32")
     add("--dense", False, action=argparse.BooleanOptionalAction,
         help="unpack NF4 once: faster steps, more memory")
     add("--dtype", choices=("fp32", "bf16"), help="to compute in: fp32, or bf16 (on GPUs with it)")
@@ -609,7 +609,7 @@ def make_parser():
     add("--encoder", "mlp", choices=("mlp", "none"),
         help="phi from P-tuning's MLP, or none: learned directly")
     add("--hidden", 128, type=count, help="width of the MLP")
-    add("--init", "none", help="phi's start: forget (its typical tokens), or a row's directory")
+    add("--init", "none", help="start of phi: forget (typical tokens), none, a directory")
     add("--beta2", 0.999, type=within(0, 0.9999), help="AdamW's beta2 for phi")
     add("--baseline-lr", [1e-5], nargs="+", type=positive, help="learning rate of the baselines")
     add("--baseline-epochs", 1, type=count, help="epochs of the baselines")
