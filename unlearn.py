@@ -581,7 +581,8 @@ def make_parser():
     add("--seed", [0], nargs="+", type=int, help="split, order and initial values")
     group = parser.add_argument_group("model and machine")
     add("--model", help="LLaMA or OPT checkpoint directory (the toy: pretrained here)")
-    add("--weights", "nf4", choices=("nf4", "bf16", "fp32"), help="frozen weights: nf4, bf16 or fp32")
+    add("--weights", "nf4", choices=("nf4", "bf16", "fp32"),
+        help="frozen weights: nf4, bf16 or fp32")
     add("--dense", False, action=argparse.BooleanOptionalAction,
         help="unpack NF4 once: faster steps, more memory")
     add("--dtype", choices=("fp32", "bf16"), help="to compute in: fp32, or bf16 (on GPUs with it)")
