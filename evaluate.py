@@ -260,7 +260,7 @@ def render(lines):
 # ---- support: figures --------------------------------------------------------------------------
 
 COLOURS = {"retain": "#1f6fb4", "forget": "#d1495b"}
-MARKERS = "o^sDvP*X"
+MARKERS, STYLES = "o^sDvP*X", ("-", "--", ":", "-.")
 
 
 @contextmanager
@@ -271,7 +271,7 @@ def figure(path):
         raise InputError(f"{path}: figures are written as .png; expected such a file name")
     fig = Figure(figsize=(9, 3.8), layout="constrained")
     yield fig.subplots(1, 2)
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     with atomic_write(path) as temporary:
         fig.savefig(temporary, format="png", dpi=150)
     print(f"wrote {path}")
@@ -291,10 +291,36 @@ def plot_against(rows, key, path):
                 when, part = split.split("_")
                 y = []
                 for value in x:
-                    y.append(mean(row[split][metric] for row in rows if row[key] == value))
+                    values = [row[split][metric] for row in rows if row[key] == value]
+                    y.append(None if None in values else mean(values))  # F1 of longer answers
                 style = "o-" if when == "train" else "x--"  # both are visible where they coincide
                 ax.plot(x, y, style, color=COLOURS[part], label=f"{when} {part}")
             ax.set(xlabel=key, ylabel=f"{metric.upper()} (%)", ylim=(-4, 104), xticks=x)
+
+
+def plot_training(run, rows, path):
+    """Draw L_f and the accuracies over the steps in which phi was trained: a style per setting."""
+    keys, styles = differing(rows), {}
+    with figure(path) as axes:
+        for row in rows:
+            label = ", ".join(f"{key} {flatten(row)[key]}" for key in keys) or system_name(row)
+            named = None if label in styles else label  # once in the legend
+            style = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
+            curves = defaultdict(list)
+            with open(run / row["name"] / "log.csv", newline="", encoding="utf-8") as file:
+                for line in csv.DictReader(file):
+                    for key in ("L_f", "train_retain", "train_forget"):
+                        if line[key]:
+                            curves[key].append((int(line["step"]), float(line[key])))
+            n = max(1, len(curves["L_f"]) // 40)  # the mean of each fortieth
+            parts = [curves["L_f"][i:i + n] for i in range(0, len(curves["L_f"]), n)]
+            L_f = [(part[-1][0], mean(value for _, value in part)) for part in parts]
+            axes[0].semilogy(*zip(*L_f), style, color=COLOURS["forget"], label=named)
+            for part, colour in COLOURS.items():
+                axes[1].plot(*zip(*curves[f"train_{part}"]), style, color=colour)
+        axes[0].set(xlabel="step", ylabel="L_f")
+        axes[1].set(xlabel="step", ylabel="train retain (blue), forget (red): ACC (%)",
+                    ylim=(-4, 104))
 
 
 def plot_tsne(system, path):
@@ -766,6 +792,7 @@ def parse(argv=None):
     add("--plot", metavar="PNG", help="draw Fig. 2, SPUL over --against")
     add("--against", choices=("p", "alpha", "beta", "forget_fraction"), default="p",
         help="the x axis of --plot")
+    add("--curves", metavar="PNG", help="draw L_f and accuracies while phi trained (--row: these)")
     add("--tsne", metavar="PNG", help="draw Fig. 1, the states at the answer")
     add("--ask", metavar="TEXT", help="answer a text without and with phi")
     add("--explain", action="store_true", help="what phi does to two examples")
@@ -797,6 +824,9 @@ def main(argv=None):
             explain(system)
         else:
             plot_tsne(system, args.tsne)
+    elif args.curves:
+        rows = [row for row in read_rows([run]) if row["trains"] == "prompt"]
+        plot_training(run, [row for row in rows if row["name"].startswith(args.row)], args.curves)
     elif args.plot:
         plot_against(read_rows(args.runs), args.against, args.plot)
     else:
