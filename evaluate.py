@@ -303,7 +303,8 @@ def plot_training(run, rows, path):
     keys, styles = differing(rows), {}
     with figure(path) as axes:
         for row in rows:
-            label = ", ".join(f"{key} {flatten(row)[key]}" for key in keys) or system_name(row)
+            settings = flatten(row)
+            label = ", ".join(f"{key} {settings[key]}" for key in keys if settings[key]) or "spul"
             named = None if label in styles else label  # once in the legend
             style = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
             curves = defaultdict(list)
@@ -313,7 +314,7 @@ def plot_training(run, rows, path):
                         if line[key]:
                             curves[key].append((int(line["step"]), float(line[key])))
             n = max(1, len(curves["L_f"]) // 40)  # the mean of each fortieth
-            parts = [curves["L_f"][i:i + n] for i in range(0, len(curves["L_f"]), n)]
+            parts = [curves["L_f"][i:i + n] for i in range(0, len(curves["L_f"]) - n + 1, n)]
             L_f = [(part[-1][0], mean(value for _, value in part)) for part in parts]
             axes[0].semilogy(*zip(*L_f), style, color=COLOURS["forget"], label=named)
             for part, colour in COLOURS.items():
@@ -355,14 +356,17 @@ def plot_tsne(system, path):
 def ask(system, text):
     """Print the five likeliest first tokens of the answer to one text, without and with phi.
 
-    Where answers have several tokens, also the whole answer, decoded greedily.
+    Where answers have several tokens, also (behind ->) the whole answer, decoded greedily.
     """
     text = text.encode(errors="replace").decode()
     task, tokenizer = system.data.task, system.data.tokenizer
     ids = data.encode_query(tokenizer, task, text, system.record.max_len)
     longest = max(len(query.answer) for query in system.data.queries["train_retain"])
     print(f"{data.query_string(task, text)}\n")
-    for title, phi in (("without phi", None), ("with phi", system.phi)):
+    systems = [("without phi", None), ("with phi", system.phi)]
+    if system.phi is None:
+        systems = [(system.record.method, None)]
+    for title, phi in systems:
         answer, line = (), f"{title:12}"
         while len(answer) < longest and tokenizer.eos not in answer:
             tokens = torch.tensor([ids + answer], device=system.device)           # (1,T)
@@ -399,8 +403,8 @@ def explain(system):
 
 def words(system, tokens):
     """Return tokens as text."""
-    pieces = [system.data.tokenizer.piece(token).strip("\u2581\u0120 ") for token in tokens]
-    return " ".join(pieces)
+    text = "".join(system.data.tokenizer.piece(token) for token in tokens)
+    return text.replace("\u2581", " ").replace("\u0120", " ").strip()
 
 
 # ---- support: the audit, is it really forgotten? -----------------------------------------------
@@ -612,7 +616,8 @@ def choose_row(run, name, needs_phi=True):
                       and (name or row["base"] == "full")]
     if not found or (name and len(found) > 1):
         names = " ".join(row["name"] for row in rows) or "none: run unlearn.py first"
-        raise InputError(f"{run}: {len(found)} rows for --row {name}; expected one of {names}")
+        kind = "rows with phi" if needs_phi else "rows"
+        raise InputError(f"{run}: {len(found)} {kind} for --row {name}; expected one of {names}")
     return found[-1]
 
 
@@ -797,7 +802,7 @@ def parse(argv=None):
     add("--ask", metavar="TEXT", help="answer a text without and with phi")
     add("--explain", action="store_true", help="what phi does to two examples")
     add("--audit", action="store_true", help="is it really forgotten?")
-    add("--row", default="", help="row to take, or the start of its name (default: the newest)")
+    add("--row", default="", help="row, or the start of its name (default: the newest with phi)")
     add("--model", help="the model's directory, if it has moved")
     add("--data-dir", help="the dataset's directory, if it has moved")
     add("--threads", type=within(1, kind=int), help="CPU threads (default: the run's)")

@@ -715,7 +715,7 @@ def test_choose_queries_gives_forget_examples_generic_or_true_answers(method):
     else:
         assert_equal("answers of the forget examples", answers, {(2,): 60})
 
-def test_choose_queries_names_a_wrong_entry_of_METHODS(monkeypatch):
+def test_a_wrong_entry_of_METHODS_is_named(monkeypatch):
     method = unlearn.METHODS["spul"]._replace(forget_answer="neutral")
     monkeypatch.setitem(unlearn.METHODS, "spul", method)
     with pytest.raises(ValueError, match="'neutral'; expected 'generic' or 'true'"):
@@ -1741,7 +1741,7 @@ def test_rows_are_chosen_by_the_start_of_their_name(tmp_path):
     assert evaluate.choose_row(tmp_path, "spul-retain") == rows[2]
     assert evaluate.choose_row(tmp_path, "ga", needs_phi=False) == rows[3]
     for start, n in (("spul", 3), ("ga", 0), ("rl", 0)):
-        with pytest.raises(InputError, match=f"{n} rows for --row {start}; expected one of spul-"):
+        with pytest.raises(InputError, match=f"{n} rows with phi for --row {start}; expected"):
             evaluate.choose_row(tmp_path, start)
 
 def test_an_interrupted_and_then_killed_run_resumes_to_the_same_results_bit_for_bit(
@@ -2386,7 +2386,7 @@ ASSIGNMENTS = [
                "model.split_rows model.join_rows model.Attention.forward "
                "model.LanguageModel.states"),
     Assignment("lora", 8, "4.1", "a LoRA layer; adding and merging it",
-               "LoraLinear or add_lora or merge_lora", 40, "alpha/r forgotten",
+               "LoraLinear or add_lora or merge_lora or load_base", 40, "alpha/r forgotten",
                "lora.LoraLinear.__init__ lora.LoraLinear.forward lora.add_lora lora.merge_lora"),
     Assignment("tokenizer", 6, "4.1", "byte-level BPE; queries and answers",
                "encode_query or encode_answer or ByteLevelBPE", 60, "leftmost pair first",
@@ -2440,16 +2440,21 @@ def empty_function(source, name):
     lines[first:node.end_lineno] = [" " * (node.col_offset + 4) + "raise NotImplementedError"]
     return "\n".join(lines) + "\n"
 
-def transplant(reference, source, name):
-    """Return the reference with another source's version of a function, helpers and imports."""
-    lines, theirs, known = reference.splitlines(), source.splitlines(), find_functions(reference)
-    old, new = known[name], find_functions(source)[name]  # decorators stay ours
-    lines[old.lineno - 1:old.end_lineno] = theirs[new.lineno - 1:new.end_lineno]
-    for node in ast.parse(source).body:
-        is_helper = isinstance(node, ast.FunctionDef) and node.name not in known
-        if is_helper or isinstance(node, (ast.Import, ast.ImportFrom)):
-            lines += theirs[node.lineno - 1:node.end_lineno]
-    return "\n".join(lines) + "\n"
+def isolate(theirs, ours, names):
+    """Return a student's file with our version of all functions but the named, and our imports.
+
+    Whatever else the student wrote stays: helpers, methods, constants.
+    """
+    for name, function in find_functions(ours).items():
+        found = find_functions(theirs).get(name)
+        if found and name not in names:  # decorators stay theirs
+            lines = theirs.splitlines()
+            lines[found.lineno - 1:found.end_lineno] = ours.splitlines()[
+                function.lineno - 1:function.end_lineno]
+            theirs = "\n".join(lines) + "\n"
+    imports = [ast.unparse(node) for node in ast.parse(ours).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return "\n".join([*imports, theirs])
 
 def choose_assignments(names):
     """Return the named assignments (all: no names)."""
@@ -2473,6 +2478,8 @@ def write_starter(dir, names):
     for name, text in files.items():
         Path(dir, name).write_text(text, encoding="utf-8")
     shutil.copy(__file__, dir)
+    shutil.copytree(ROOT / "results", Path(dir, "results"),
+                    ignore=shutil.ignore_patterns("README.md"))  # it has the answers, too
     print(f"wrote {dir}: {len(assignments)} assignments")
 
 def run_tests(files, tests):
@@ -2517,17 +2524,19 @@ def first_message(assignment, results):
 
 def grade_alone(assignment, theirs):
     """Return the first message of an assignment with only its functions put into our code."""
-    files = read_project(ROOT)
-    for file, name in places_of(assignment):
+    files, places = read_project(ROOT), places_of(assignment)
+    for file, name in places:
         try:
             function = find_functions(theirs[file])[name]
-            if ast.unparse(function.body[-1]).startswith("raise NotImplementedError"):
-                return f"{file}:{function.end_lineno}: NotImplementedError"
-            files[file] = transplant(files[file], theirs[file], name)
         except SyntaxError as error:
             return f"{file}:{error.lineno}: SyntaxError: {error.msg}"
         except KeyError:
             return f"{file}: no {name} in it"
+        if ast.unparse(function.body[-1]).startswith("raise NotImplementedError"):
+            return f"{file}:{function.end_lineno}: NotImplementedError"
+    for file in {file for file, _ in places}:
+        names = [name for other, name in places if other == file]
+        files[file] = isolate(theirs[file], files[file], names)
     return first_message(assignment, run_tests(files, assignment.tests))
 
 def grade(dir, names):

@@ -567,7 +567,7 @@ def make_parser():
             options.setdefault("metavar", "X")
         group.add_argument(flag, default=default, help=help, **options)
 
-    group = parser.add_argument_group("data and run (in brackets: the defaults)")
+    group = parser.add_argument_group("data and run (in brackets: the values of --preset paper)")
     group.add_argument("-h", "--help", action="help", help="show this")
     add("--preset", choices=PRESETS, help="paper (with --model), small, or toy (without)")
     add("--out", help="run directory (runs/MODEL-DATASET)")
