@@ -2340,6 +2340,14 @@ def test_a_module_imports_only_what_the_project_may_and_no_later_module(name):
             optional = module in ("matplotlib", "pyarrow") and node not in tree.body
             assert module in allowed or optional, f"{name}.py imports {module}"
 
+def test_the_grader_keeps_a_student_s_helpers_and_replaces_other_functions():
+    ours = "import math\nclass A:\n  def f(self):\n    pass\n  def g(self):\n    return math.pi\n"
+    theirs = ("C = 5\nclass A:\n  def f(self):\n    return self.h() + C\n  def g(self):\n"
+              "    wrong\n  def h(self):\n    return 7\n")
+    names = {}
+    exec(isolate(theirs, ours, ["A.f"]), names)
+    assert (names["A"]().f(), names["A"]().g()) == (12, math.pi)
+
 
 # ---- 11. assignments that grade themselves -----------------------------------------------------
 
