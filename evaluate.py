@@ -300,6 +300,8 @@ def plot_against(rows, key, path):
 
 def plot_training(run, rows, path):
     """Draw L_f and the accuracies over the steps in which phi was trained: a style per setting."""
+    if not rows:
+        raise InputError(f"{run}: no such row with phi; give --row the start of its name")
     keys, styles = differing(rows), {}
     with figure(path) as axes:
         for row in rows:
@@ -307,21 +309,26 @@ def plot_training(run, rows, path):
             label = ", ".join(f"{key} {settings[key]}" for key in keys if settings[key]) or "spul"
             named = None if label in styles else label  # once in the legend
             style = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
-            curves = defaultdict(list)
-            with open(run / row["name"] / "log.csv", newline="", encoding="utf-8") as file:
-                for line in csv.DictReader(file):
-                    for key in ("L_f", "train_retain", "train_forget"):
-                        if line[key]:
-                            curves[key].append((int(line["step"]), float(line[key])))
-            n = max(1, len(curves["L_f"]) // 40)  # the mean of each fortieth
-            parts = [curves["L_f"][i:i + n] for i in range(0, len(curves["L_f"]) - n + 1, n)]
-            L_f = [(part[-1][0], mean(value for _, value in part)) for part in parts]
-            axes[0].semilogy(*zip(*L_f), style, color=COLOURS["forget"], label=named)
+            log = run / row["name"] / "log.csv"
+            if not log.is_file():
+                raise InputError(f"{log}: no such file; expected the directory of a run")
+            with open(log, newline="", encoding="utf-8") as file:
+                lines = list(csv.DictReader(file))
+            steps, L_f = read_curve(lines, "L_f")
+            n = max(1, len(L_f) // 40)  # drawn: the mean of each n steps
+            means = [mean(L_f[i:i + n]) for i in range(0, len(L_f) - n + 1, n)]
+            axes[0].semilogy(steps[n - 1::n], means, style, color=COLOURS["forget"], label=named)
             for part, colour in COLOURS.items():
-                axes[1].plot(*zip(*curves[f"train_{part}"]), style, color=colour)
+                axes[1].plot(*read_curve(lines, f"train_{part}"), style, color=colour)
         axes[0].set(xlabel="step", ylabel="L_f")
         axes[1].set(xlabel="step", ylabel="train retain (blue), forget (red): ACC (%)",
                     ylim=(-4, 104))
+
+
+def read_curve(lines, key):
+    """Return the steps at which a column of log.csv has a value, and these values."""
+    found = [line for line in lines if line.get(key)]
+    return [int(line["step"]) for line in found], [float(line[key]) for line in found]
 
 
 def plot_tsne(system, path):
@@ -356,17 +363,17 @@ def plot_tsne(system, path):
 def ask(system, text):
     """Print the five likeliest first tokens of the answer to one text, without and with phi.
 
-    Where answers have several tokens, also (behind ->) the whole answer, decoded greedily.
+    Where answers have several tokens, the whole answer follows after "->", decoded greedily.
     """
     text = text.encode(errors="replace").decode()
     task, tokenizer = system.data.task, system.data.tokenizer
     ids = data.encode_query(tokenizer, task, text, system.record.max_len)
     longest = max(len(query.answer) for query in system.data.queries["train_retain"])
     print(f"{data.query_string(task, text)}\n")
-    systems = [("without phi", None), ("with phi", system.phi)]
+    phis = {"without phi": None, "with phi": system.phi}
     if system.phi is None:
-        systems = [(system.record.method, None)]
-    for title, phi in systems:
+        phis = {system.record.method: None}
+    for title, phi in phis.items():
         answer, line = (), f"{title:12}"
         while len(answer) < longest and tokenizer.eos not in answer:
             tokens = torch.tensor([ids + answer], device=system.device)           # (1,T)

@@ -1916,8 +1916,9 @@ def test_answers_of_several_tokens_are_learned_unlearned_and_asked_for(
     system.phi = None
     capsys.readouterr()
     evaluate.ask(system, query.text)
-    assert evaluate.words(system, evaluate.predict(system.model, [query])[0]) in (
-        capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert evaluate.words(system, evaluate.predict(system.model, [query])[0]) in out
+    assert "with phi" not in out  # there is none to compare with
 
 STUDENT = f"""
 import sys
@@ -2142,8 +2143,11 @@ def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, c
         assert figure[:8] == b"\x89PNG\r\n\x1a\n" and len(figure) > 10_000
         Path("figure.png").unlink()
     train("run", "--alpha", "0.5")
-    assert model.run_cli(lambda: evaluate.main(["run", "--plot", "fig2.png"])) == 2
-    assert "alpha" in capsys.readouterr().err
+    Path("run", row_of("run")["name"], "log.csv").unlink()
+    for flags, message in ((["--plot"], "alpha"), (["--curves"], "log.csv: no such file"),
+                           (["--row", "ga", "--curves"], "no such row with phi")):
+        assert model.run_cli(lambda: evaluate.main(["run", *flags, "figure.png"])) == 2
+        assert message in capsys.readouterr().err
 
 def test_phi_continues_from_a_saved_phi_and_the_row_says_so(micro):
     start, phi = Path("run", row_of("run")["name"]), phi_of("run")
