@@ -2143,7 +2143,7 @@ def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, c
         assert figure[:8] == b"\x89PNG\r\n\x1a\n" and len(figure) > 10_000
         Path("figure.png").unlink()
     train("run", "--alpha", "0.5")
-    Path("run", row_of("run")["name"], "log.csv").unlink()
+    Path("run", read_rows("run")[-1]["name"], "log.csv").unlink()
     for flags, message in ((["--plot"], "alpha"), (["--curves"], "log.csv: no such file"),
                            (["--row", "ga", "--curves"], "no such row with phi")):
         assert model.run_cli(lambda: evaluate.main(["run", *flags, "figure.png"])) == 2
