@@ -1066,6 +1066,16 @@ def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
     assert {key: getattr(args, key) for key in PAPER_SETTINGS} == PAPER_SETTINGS
     assert args.qlora_epochs == qlora_epochs
 
+@pytest.mark.parametrize("dataset, run", [("sst2", "sst2-small"), ("wmdp+sciq", "wmdp-small")])
+def test_the_small_preset_makes_the_recorded_rows(dataset, run):
+    args = unlearn.parse(["--preset", "small", "--model", "DIR", "--dataset", dataset])
+    names = ("model", "data", "base_training")  # the model's and the data's hash are not known here
+    rows = evaluate.read_rows([Path(__file__).with_name("results") / run])
+    for record in unlearn.grid(args):
+        wanted = json.loads(json.dumps(asdict(record)))
+        assert any(all(row[name] == wanted[name] for name in wanted if name not in names)
+                   for row in rows), record.method
+
 def test_paper_yelp_forgets_5_percent_of_the_reviews_in_whole_clusters():
     splits = data.load_splits("yelp", shared("yelp"))
     for part in ("train", "test"):

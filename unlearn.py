@@ -543,7 +543,9 @@ PRESETS = {
         forget_per_batch=8, init="forget", beta2=0.95),
 }
 # What differs for one dataset.
-DATASETS = {("paper", "yelp"): dict(qlora_epochs=2), ("paper", "wmdp+sciq"): dict(qlora_epochs=5)}
+DATASETS = {("paper", "yelp"): dict(qlora_epochs=2), ("paper", "wmdp+sciq"): dict(qlora_epochs=5),
+            ("small", "yelp"): dict(max_train=4000),
+            ("small", "wmdp+sciq"): dict(max_train=3000, max_test=1000)}
 
 
 def make_parser():
