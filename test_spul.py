@@ -1069,11 +1069,11 @@ def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
 @pytest.mark.parametrize("dataset, run", [("sst2", "sst2-small"), ("wmdp+sciq", "wmdp-small")])
 def test_the_small_preset_makes_the_recorded_rows(dataset, run):
     args = unlearn.parse(["--preset", "small", "--model", "DIR", "--dataset", dataset])
-    names = ("model", "data", "base_training")  # the model's and the data's hash are not known here
+    unknown = ("model", "data", "base_training")  # hashes of files that are not here
     rows = evaluate.read_rows([Path(__file__).with_name("results") / run])
     for record in unlearn.grid(args):
         wanted = json.loads(json.dumps(asdict(record)))
-        assert any(all(row[name] == wanted[name] for name in wanted if name not in names)
+        assert any(all(row[name] == wanted[name] for name in wanted if name not in unknown)
                    for row in rows), record.method
 
 def test_paper_yelp_forgets_5_percent_of_the_reviews_in_whole_clusters():
@@ -2293,6 +2293,9 @@ def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
         ours, paper = toy[name]  # SPUL's alpha = beta = 1 is a cell of Table 3, not Table 2's row
         theirs, paper = smollm2.get(name, ([""] * 4, paper))  # baselines: not measured
         assert cells == [*paper[2:], *ours[2:], *theirs[2:]], name
+    wmdp = {name: " and ".join(ours[2:])
+            for name, (ours, _) in printed_rows(capsys, "wmdp-small").items()}
+    assert f"base has {wmdp['qlora']}, SPUL {wmdp['spul']}." in section
 
 def readme_code(word):
     """Return the one Python block of the README that has a word in it."""
