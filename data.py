@@ -729,8 +729,8 @@ def pretraining_batches(tokenizer, device):
 def pretrain_toy(cache, device, steps=450):
     """Return the directory of the toy LM, pretrained from scratch unless the cache holds it.
 
-    All seeds share it: it is independent of the forget set. It is pretrained again after a change
-    of model.py or of the toy.
+    All seeds share it: it is independent of the forget set, and of --threads. It is pretrained again
+    after a change of model.py or of the toy.
     """
     dir, source = Path(cache) / "lm-toy", Path(__file__).read_text(encoding="utf-8")
     code = hash_code(method_part("model"), source[source.index("# Invented reviews"):])
@@ -739,6 +739,8 @@ def pretrain_toy(cache, device, steps=450):
         return dir
     if count_processes() > 1:
         raise InputError(f"{dir}: no toy LM yet; run once without torchrun to pretrain it")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     train_tokenizer(dir / "tokenizer.model")
     tokenizer = load_tokenizer(dir)
     model = build_toy(tokenizer.size).to(device)
@@ -762,6 +764,7 @@ def pretrain_toy(cache, device, steps=450):
             print(f"toy LM  step {step}/{steps}  loss {loss:.3f}", flush=True)
     save_model(model, dir)
     write_json(recipe, {"code": code})
+    torch.set_num_threads(threads)
     return dir
 
 

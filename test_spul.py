@@ -1055,10 +1055,10 @@ def test_the_fused_attention_of_gpus_equals_the_written_out_one():
 
 PAPER_SETTINGS = {
     "max_len": 1024, "alpha": [1.0], "beta": [0.5], "p": [30], "lr": [1e-4], "epochs": 10,
-    "baseline_epochs": 1, "qlora_lr": 1e-4, "qlora_batch": 32, "clip": 0.3, "rank": 16,
-    "lora_alpha": 64, "lora_dropout": 0.1, "targets": ["q_proj", "v_proj"], "batch": 32,
-    "accumulate": 1, "encoder": "mlp", "hidden": 128, "init": "none", "beta2": 0.999,
-    "forget_per_batch": 0, "weights": "nf4", "tune": "full"}
+    "baseline_alpha": [1.0], "baseline_beta": [0.5], "baseline_epochs": 1, "qlora_lr": 1e-4,
+    "qlora_batch": 32, "clip": 0.3, "rank": 16, "lora_alpha": 64, "lora_dropout": 0.1,
+    "targets": ["q_proj", "v_proj"], "batch": 32, "accumulate": 1, "encoder": "mlp", "hidden": 128,
+    "init": "none", "beta2": 0.999, "forget_per_batch": 0, "weights": "nf4", "tune": "full"}
 
 @pytest.mark.parametrize("dataset, qlora_epochs", [("sst2", 10), ("yelp", 2), ("wmdp+sciq", 5)])
 def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
@@ -1172,6 +1172,16 @@ def test_spul_unlearns_the_toy_s_forget_set_and_keeps_the_rest(toy_run):
     assert min(rows["spul"]["train_retain"], rows["spul"]["test_retain"]) >= 98, rows["spul"]
     assert max(rows["spul"]["train_forget"], rows["spul"]["test_forget"]) <= 5, rows["spul"]
     assert max(rows["vanilla"].values()) < 60, rows["vanilla"]  # nothing was learned before QLoRA
+
+def test_the_toy_lm_is_the_same_whatever_the_number_of_threads(tmp_path):
+    before, found = torch.get_num_threads(), []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        dir = data.pretrain_toy(tmp_path / str(n), "cpu", steps=20)
+        found.append((dir / "model.safetensors").read_bytes())
+        assert torch.get_num_threads() == n
+    torch.set_num_threads(before)
+    assert found[0] == found[1]
 
 def test_ask_shows_a_forgotten_text_answered_only_without_phi(toy_run, capsys):
     system = load_system(toy_run)
@@ -1710,6 +1720,9 @@ def test_equal_settings_are_one_record_and_what_a_method_does_not_use_is_not_in_
         pairs = list(zip(grid, others, strict=True))
         assert "".join(str(int(one != two)) for one, two in pairs) == changed, flags
         assert "".join(str(int(one.name != two.name)) for one, two in pairs) == changed, flags
+    *_, ga_gd, ga_kl = records("--method", "ga+gd", "ga+kl", "--alpha", "2", "--beta", "3",
+                               "--baseline-alpha", "4", "--baseline-beta", "5")
+    assert (ga_gd.alpha, ga_gd.beta, ga_kl.alpha, ga_kl.beta) == (4, None, None, 5)
     assert spul.at_seed(1) == records("--seed", "1")[2] != spul
     assert spul.at_seed(1).name.removesuffix("1") == spul.name.removesuffix("0")
 
@@ -2303,12 +2316,15 @@ def readme_code(word):
     code, = [block for block in blocks if word in block]
     return code
 
-def test_the_method_that_the_readme_adds_runs_and_has_its_row(micro, monkeypatch):
+def test_the_method_that_the_readme_adds_runs_and_can_be_asked(micro, monkeypatch, capsys):
     monkeypatch.setattr(unlearn, "METHODS", dict(unlearn.METHODS))
     exec(readme_code("METHODS["), vars(soft_prompt) | vars(unlearn))  # it goes into unlearn.py
     name, = unlearn.METHODS.keys() - {"spul", "ga", "rl", "ga+kl", "ga+gd", "qlora"}
     train("run", "--method", name)
     assert row_of("run", name)["trains"]
+    command = re.findall(r"next: python evaluate\.py (.*)", capsys.readouterr().out)[-1]
+    evaluate.main(shlex.split(command))
+    assert f"row: {name}-" in capsys.readouterr().out
 
 def test_the_readme_s_script_splits_a_table_into_four_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -312,11 +312,12 @@ def grid(args):
             method = METHODS[name]
             if method.trains == "adapter" or (method.trains == "weights" and base == "retain"):
                 continue  # a baseline has nothing to unlearn from a model that never saw the set
-            lists = {"forget_fraction": args.forget_fraction, "lr": args.baseline_lr}
-            for flag in method.flags:
-                lists[flag] = getattr(args, flag)
+            lists = {"forget_fraction": args.forget_fraction}
+            prefix = "baseline_" if method.trains == "weights" else ""
+            for flag in ("lr", *method.flags):
+                lists[flag] = getattr(args, prefix + flag)
             if method.trains == "prompt":
-                lists |= {"lr": args.lr, "p": args.p}
+                lists["p"] = args.p
             for values in itertools.product(*lists.values()):
                 records.append(make_record(args, name, seed, base, **dict(zip(lists, values))))
     return list(dict.fromkeys(records))
@@ -449,7 +450,7 @@ def main(argv=None):
         rows.append(train_row(record, bench))
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{evaluate.table(rows)}\n\n{run.dir}/results.json, after {minutes:.1f} minutes; next: "
-          f"python evaluate.py {run.dir} --ask \"some text\"")
+          f"python evaluate.py {run.dir} --row {rows[-1]['name']} --ask \"some text\"")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -536,11 +537,11 @@ PRESETS = {
         max_train=8000, max_test=2000, max_eval=2000, max_len=256, dense=True, lora_dropout=0.0,
         targets=["all"], qlora_lr=5e-4, qlora_epochs=2, qlora_batch=16, batch=8, alpha=[20.0],
         p=[100], encoder="none", lr=[0.075], epochs=2, forget_per_batch=2, init="forget",
-        beta2=0.95),
+        beta2=0.95, baseline_lr=[3e-5], baseline_epochs=2),
     "toy": dict(
         max_len=256, dense=True, targets=["all"], qlora_epochs=1, qlora_batch=16, batch=16,
         beta=[1.0], p=[20], encoder="none", lr=[0.1], epochs=1, baseline_lr=[1e-4],
-        forget_per_batch=8, init="forget", beta2=0.95),
+        baseline_beta=[1.0], forget_per_batch=8, init="forget", beta2=0.95),
 }
 # What differs for one dataset.
 DATASETS = {("paper", "yelp"): dict(qlora_epochs=2), ("paper", "wmdp+sciq"): dict(qlora_epochs=5),
@@ -615,6 +616,8 @@ def make_parser():
     add("--init", "none", help="start of phi: forget (typical tokens), none, a directory")
     add("--beta2", 0.999, type=within(0, 0.9999), help="AdamW's beta2 for phi")
     add("--baseline-lr", [1e-5], nargs="+", type=positive, help="learning rate of the baselines")
+    add("--baseline-alpha", [1.0], nargs="+", type=within(0), help="their weight of L_r (GA+GD)")
+    add("--baseline-beta", [0.5], nargs="+", type=within(0), help="their weight of L_KL (GA+KL)")
     add("--baseline-epochs", 1, type=count, help="epochs of the baselines")
     add("--tune", "full", choices=("full", "lora"),
         help="what the baselines train: full (all weights), lora (the adapter)")
