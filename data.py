@@ -729,8 +729,8 @@ def pretraining_batches(tokenizer, device):
 def pretrain_toy(cache, device, steps=450):
     """Return the directory of the toy LM, pretrained from scratch unless the cache holds it.
 
-    All seeds share it: it is independent of the forget set, and of --threads. It is pretrained again
-    after a change of model.py or of the toy.
+    All seeds and numbers of threads share it: it is independent of the forget set, and pretrained
+    with one thread. It is pretrained again after a change of model.py or of the toy.
     """
     dir, source = Path(cache) / "lm-toy", Path(__file__).read_text(encoding="utf-8")
     code = hash_code(method_part("model"), source[source.index("# Invented reviews"):])
