@@ -89,7 +89,7 @@ def train(record, model, encoder, queries, base, log, args):
     method = METHODS[record.method]
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=record.lr, betas=(0.9, record.beta2 or 0.999),
-                                  weight_decay=0.001)
+                                  weight_decay=0.001, fused=method.trains == "weights")
     for epoch in range(log.load(params, optimizer), record.epochs):
         torch.manual_seed(derive_seed(record, epoch))  # for QLoRA's dropout
         batches = make_batches(queries, record, epoch)
