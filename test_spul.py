@@ -1066,7 +1066,8 @@ def test_paper_settings_are_the_defaults_with_a_model(dataset, qlora_epochs):
     assert {key: getattr(args, key) for key in PAPER_SETTINGS} == PAPER_SETTINGS
     assert args.qlora_epochs == qlora_epochs
 
-@pytest.mark.parametrize("dataset, run", [("sst2", "sst2-small"), ("wmdp+sciq", "wmdp-small")])
+@pytest.mark.parametrize("dataset, run", [
+    ("sst2", "sst2-small"), ("wmdp+sciq", "wmdp-small"), ("yelp", "yelp-small")])
 def test_the_small_preset_makes_the_recorded_rows(dataset, run):
     args = unlearn.parse(["--preset", "small", "--model", "DIR", "--dataset", dataset])
     unknown = ("model", "data", "base_training")  # hashes of files that are not here
@@ -2306,9 +2307,10 @@ def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
         ours, paper = toy[name]  # SPUL's alpha = beta = 1 is a cell of Table 3, not Table 2's row
         theirs, paper = smollm2.get(name, ([""] * 4, paper))  # baselines: not measured
         assert cells == [*paper[2:], *ours[2:], *theirs[2:]], name
-    wmdp = {name: " and ".join(ours[2:])
-            for name, (ours, _) in printed_rows(capsys, "wmdp-small").items()}
-    assert f"base has {wmdp['qlora']}, SPUL {wmdp['spul']}." in section
+    for run in ("wmdp-small", "yelp-small"):
+        rows = printed_rows(capsys, run)
+        qlora, spul = [" and ".join(rows[name][0][2:]) for name in ("qlora", "spul")]
+        assert re.search(rf"base\s+has {qlora}, SPUL {spul}[.;]", section), run
 
 def readme_code(word):
     """Return the one Python block of the README that has a word in it."""
