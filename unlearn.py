@@ -81,7 +81,8 @@ def train(record, model, encoder, queries, base, log, args):
 
     record: the settings of this training. encoder: PromptEncoder or DirectPrompt, or None to train
     the model's own trainable parameters. queries: the examples; the answer of each is its target.
-    base: see `Workbench.gather_base`, or None. AdamW with weight decay 0.001, clipped gradients.
+    base: see `Workbench.gather_base`, or None. AdamW with weight decay 0.001, clipped gradients;
+    for the many weights of a baseline it is fused: one pass over them per step.
     log: the Log. `load` returns how many epochs are done; each step (from 1, over all epochs) calls
     `add` with its detached losses, "loss" among them, then `watch`; each epoch ends with `save`.
     Returns what was trained, its size, and the mean of the log's seconds per epoch.
