@@ -81,8 +81,7 @@ def train(record, model, encoder, queries, base, log, args):
 
     record: the settings of this training. encoder: PromptEncoder or DirectPrompt, or None to train
     the model's own trainable parameters. queries: the examples; the answer of each is its target.
-    base: see `Workbench.gather_base`, or None. AdamW with weight decay 0.001, clipped gradients;
-    for the many weights of a baseline it is fused: one pass over them per step.
+    base: see `Workbench.gather_base`, or None. AdamW with weight decay 0.001, clipped gradients.
     log: the Log. `load` returns how many epochs are done; each step (from 1, over all epochs) calls
     `add` with its detached losses, "loss" among them, then `watch`; each epoch ends with `save`.
     Returns what was trained, its size, and the mean of the log's seconds per epoch.
@@ -90,7 +89,7 @@ def train(record, model, encoder, queries, base, log, args):
     method = METHODS[record.method]
     params = [w for w in (encoder or model).parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=record.lr, betas=(0.9, record.beta2 or 0.999),
-                                  weight_decay=0.001, fused=method.trains == "weights")
+                                  weight_decay=0.001, fused=method.trains == "weights")  # one pass
     for epoch in range(log.load(params, optimizer), record.epochs):
         torch.manual_seed(derive_seed(record, epoch))  # for QLoRA's dropout
         batches = make_batches(queries, record, epoch)
