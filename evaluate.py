@@ -716,7 +716,16 @@ def describe_machine(args):
     return {key: getattr(args, key) for key in keys} | {
         "threads": torch.get_num_threads(), "processes": count_processes(),
         "peak_memory_gb": round(peak_memory() / 1e9, 2),
-        "machine": f"{platform.machine()}, torch {torch.__version__}"}
+        "machine": f"{processor(args.device)}, torch {torch.__version__}"}
+
+
+def processor(device):
+    """Return the name of the GPU, or of the CPU where the system tells it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", path.read_text() if path.is_file() else "")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory():
