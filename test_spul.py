@@ -1896,18 +1896,18 @@ def test_a_baseline_with_tune_lora_trains_only_the_adapter(micro):
     assert evaluate.score(pred, system.data.queries["test_forget"]) == ga["test_forget"]
 
 def test_every_kind_of_training_runs_in_bf16(micro):
-    train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", "--accumulate", "2",
-          "--alpha", "0", "--beta", "0", "--lr", "0.1", "--epochs", "8")
+    of_phi = "--accumulate 2 --alpha 0 --beta 0 --lr 0.3 --p 40".split()
+    train("bf16", "--dtype", "bf16", "--method", "spul", "ga+gd", *of_phi, "--epochs", "8")
     vanilla, qlora, spul, ga_gd = read_rows("bf16")
     assert qlora["train_retain"]["acc"] > 60 + vanilla["train_retain"]["acc"]
-    assert spul["train_forget"]["acc"] < qlora["train_forget"]["acc"]
+    assert spul["train_forget"]["acc"] < qlora["train_forget"]["acc"] - 20
     assert all(math.isfinite(float(line["loss"])) for line in read_csv("bf16/log.csv"))
-    shutil.copytree("bf16", "fp32")  # the first step of phi on the same base
-    train("fp32", "--accumulate", "2", "--alpha", "0", "--beta", "0", "--lr", "0.1")
-    fp32 = next(row for row in read_rows("fp32") if row["dtype"] == "fp32")
-    first = [read_csv(f"fp32/{row['name']}/log.csv")[0] for row in (spul, fp32)]
+    shutil.copytree("bf16", "fp32")  # the first step of phi, in float32 on the same base
+    train("fp32", *of_phi)
+    fp32, = [row for row in read_rows("fp32") if row["dtype"] == "fp32"]
+    ours, exact = [read_csv(f"fp32/{row['name']}/log.csv")[0] for row in (spul, fp32)]
     for name in ("L_f", "L_r", "L_kl"):
-        assert float(first[0][name]) == pytest.approx(float(first[1][name]), 0.05, 0.02)
+        assert float(ours[name]) == pytest.approx(float(exact[name]), 0.05, 0.02)
     if not torch.cuda.is_available():  # a GPU's run is evaluated in float32 on a CPU
         system = load_system("bf16", spul | {"device": "cuda"})
         assert system.model.lm_head.weight.dtype == torch.float32
