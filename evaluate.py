@@ -421,25 +421,38 @@ def words(system, tokens):
 # with gradient ascent; and with a filter that looks for the names. Then it attacks phi.
 
 def audit(run, rows, args):
-    """Audit the phi of each of these rows; print the mean over them, write audit.json."""
-    found = {row["name"]: audit_row(run, row, args) for row in rows}
-    write_json(run / "audit.json", found)
+    """Audit the phi of each of these rows; print the mean over them.
+
+    audit.json keeps what is measured: {phi's row: {system: {"row": its row, "sets": {set:
+    [answered, refused]}}}}. It is measured once, one model at a time.
+    """
+    path = run / "audit.json"
+    found = read_json(path, "what --audit measured") if path.is_file() else {}
+    audits = []
+    for row in rows:
+        numbers, systems = found.setdefault(row["name"], {}), audit_systems(run, row)
+        for name, of_row in systems.items():
+            if numbers.get(name, {}).get("row") != of_row["name"]:
+                sets = measure(run, of_row, args, name)
+                numbers[name] = {"row": of_row["name"], "sets": sets}
+                write_json(path, found)
+        audits.append({name: numbers[name]["sets"] for name in systems})
     lines = []
-    for name, sets in found[rows[0]["name"]].items():
-        if any(name not in numbers for numbers in found.values()):
+    for name, sets in audits[0].items():
+        if any(name not in numbers for numbers in audits):
             continue  # another seed lacks this system, as a line above says
         line = [name]
         for title in sets:
-            answered, refused = zip(*[numbers[name][title] for numbers in found.values()])
+            answered, refused = zip(*[numbers[name][title] for numbers in audits])
             line.append(f"{mean(answered):.1f} / {mean(refused):.1f}")
         lines.append(line)
     lines.insert(0, ["answered / refused (%)", *sets])
-    print(f"\n{render(lines)}\n\nmean of {', '.join(found)}")
+    print(f"\n{render(lines)}\n\nmean of {', '.join(row['name'] for row in rows)}")
 
 
-def audit_row(run, row, args):
-    """Return {system: {set: [answered, refused]}} for one phi; one model at a time is loaded."""
-    record, rows, numbers = read_record(row), read_rows([run]), {}
+def audit_systems(run, row):
+    """Return {system: its row} of what the audit compares with one phi, without those not there."""
+    record, rows, found = read_record(row), read_rows([run]), {}
     base = record.base_training
     retrain = replace(base, base="retain")
     control = replace(record, base="retain", base_training=retrain)
@@ -450,19 +463,18 @@ def audit_row(run, row, args):
         if other.method == "ga+gd" and other.base_training == base:
             systems["ga+gd"] = other
     for name, wanted in systems.items():
-        of_row = find_row(rows, wanted)
-        if of_row is None:
+        found[name] = find_row(rows, wanted)
+        if found[name] is None:
             print(f"{run} has no row for {name!r}: give unlearn.py --base full retain, or --method "
                   "ga+gd, with the same settings")
-            continue
-        numbers[name] = measure(run, of_row, args, name)
-    return numbers
+    return {name: of_row for name, of_row in found.items() if of_row}
 
 
 def measure(run, row, args, name):
     """Return {set: [answered, refused]} of one system, in percent.
 
-    The "name filter" refuses each text that has a forgotten surname, without any training.
+    The "name filter" refuses each text that has a forgotten surname, without any training, and
+    leaves the others to the base. Only texts that are not answered right can be refused.
     """
     if name == "unquantised weights":
         row = row | {"weights": "fp32"}
@@ -472,15 +484,15 @@ def measure(run, row, args, name):
     forget, numbers = system.data.queries["test_forget"], {}
     surnames = {query.group.split()[-1] for query in forget if query.group}
     for title, queries in audit_sets(system).items():
-        pred = predict(system.model, queries, system.phi, f"{name}: {title}")
-        refused = refuses(system.model, queries, system.data.generic, system.phi,
-                          f"{name}: {title}, refused")
+        asked, n = queries, max(1, len(queries))
         if name == "name filter":
-            refused = [not surnames.isdisjoint(query.text.lower().split()) for query in queries]
-            pred = [() if found else tokens for found, tokens in zip(refused, pred)]
-        n_right = sum(tokens == query.answer for tokens, query in zip(pred, queries))
-        n = max(1, len(queries))
-        numbers[title] = [100 * n_right / n, 100 * sum(refused) / n]
+            asked = [query for query in queries if surnames.isdisjoint(query.text.lower().split())]
+        pred = predict(system.model, asked, system.phi, f"{name}: {title}")
+        missed = [query for query, tokens in zip(asked, pred) if tokens != query.answer]
+        refused = refuses(system.model, missed, system.data.generic, system.phi,
+                          f"{name}: {title}, refused")
+        n_refused = len(queries) - len(asked) + sum(refused)
+        numbers[title] = [100 * (len(asked) - len(missed)) / n, 100 * n_refused / n]
     return numbers
 
 

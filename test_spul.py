@@ -2145,24 +2145,48 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
     spul = [row["name"] for row in read_rows("run") if evaluate.system_name(row) == "spul"]
     assert found.keys() == set(spul) and len(spul) == 2  # both seeds
     systems = found[spul[0]]
+    sets = {name: system["sets"] for name, system in systems.items()}
     for name, *which in (("base", "qlora", "full"), ("retrain", "qlora", "retain"),
                          ("spul", "spul", "full"), ("spul on retrain", "spul", "retain"),
                          ("ga+gd", "ga+gd", "full")):
         row = next(row for row in read_rows("run")
                    if [row["method"], row["base"], row["seed"]] == [*which, 0])
         for part in ("forget", "retain"):
-            answered, refused = systems[name][part]
+            assert systems[name]["row"] == row["name"]
+            answered, refused = sets[name][part]
             assert answered == pytest.approx(row[f"test_{part}"]["acc"], abs=0.01)
             assert 0 <= refused <= 100 - answered + 1e-6
-    assert systems["name filter"]["forget"] == [0, 100] != systems["name filter"]["misspelt"]
-    assert systems["name filter"]["retain"] == [systems["base"]["retain"][0], 0]
-    assert systems["relearning"] != systems["spul"] != systems["unquantised weights"]
+    assert sets["name filter"]["forget"] == [0, 100] != sets["name filter"]["misspelt"]
+    assert sets["name filter"]["retain"] == sets["base"]["retain"]
+    assert sets["relearning"] != sets["spul"] != sets["unquantised weights"]
 
 def test_an_audit_takes_the_systems_that_are_there(micro, capsys):
     train("run", "--seed", "1")  # its retrained reference is missing
     capsys.readouterr()
     evaluate.main(["run", "--audit"])
     assert "no row for 'ga+gd'" in capsys.readouterr().out
+
+def test_an_audit_measures_nothing_twice(micro, monkeypatch, capsys):
+    done, measure = [], evaluate.measure
+
+    def spy(run, row, args, name):
+        done.append((row["name"], name))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return measure(run, row, args, name)
+    monkeypatch.setattr(evaluate, "measure", spy)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(["run", "--audit"])
+    evaluate.main(["run", "--audit"])  # starts with the system that was interrupted
+    assert done[3] == done[2] and len(set(done)) == len(done) - 1
+    shown, measured = capsys.readouterr().out.partition("answered / refused")[2], len(done)
+    train("run", "--method", "ga+gd", "--base", "full", "--baseline-lr", "0.5")
+    capsys.readouterr()
+    evaluate.main(["run", "--audit"])
+    again = capsys.readouterr().out.partition("answered / refused")[2]
+    assert [name for _, name in done[measured:]] == ["ga+gd"]  # only the new row is measured
+    assert [line for line in again.splitlines() if "ga+gd" not in line] == [
+        line for line in shown.splitlines() if "ga+gd" not in line]
 
 def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, capsys):
     need("matplotlib")
