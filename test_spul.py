@@ -2342,6 +2342,17 @@ def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
         qlora, spul = [" and ".join(rows[name][0][2:]) for name in ("qlora", "spul")]
         assert re.search(rf"base\s+has {qlora}, SPUL {spul}[.;]", section), run
 
+def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
+    evaluate.main([str(ROOT / "results" / "sst2-audit"), "--audit"])  # measures nothing again
+    printed = {line[0]: line for line in table_cells(capsys.readouterr().out) if line}
+    section = README.partition("**Is it forgotten?**")[2].partition("## Words")[0]
+    lines = [line.split("|")[1:-1] for line in section.splitlines() if line[:1] == "|"]
+    head, _, *lines = [[cell.strip().lower() for cell in line] for line in lines]
+    assert len(lines) == 3
+    for title, *cells in lines:
+        column = printed["answered / refused (%)"].index(title)
+        assert cells == [printed[name][column].partition(" / ")[0] for name in head[1:]], title
+
 def readme_code(word):
     """Return the one Python block of the README that has a word in it."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
