@@ -423,18 +423,18 @@ def words(system, tokens):
 def audit(run, rows, args):
     """Audit the phi of each of these rows; print the mean over them.
 
-    audit.json keeps what is measured: {phi's row: {system: {"row": its row, "sets": {set:
-    [answered, refused]}}}}. It is measured once, one model at a time.
+    Each system is measured once, with one model in memory at a time, and kept in audit.json:
+    {row of phi: {system: {"row": its own row, "sets": {set: [answered, refused]}}}}, in percent.
     """
     path = run / "audit.json"
     found = read_json(path, "what --audit measured") if path.is_file() else {}
     audits = []
     for row in rows:
         numbers, systems = found.setdefault(row["name"], {}), audit_systems(run, row)
-        for name, of_row in systems.items():
-            if numbers.get(name, {}).get("row") != of_row["name"]:
-                sets = measure(run, of_row, args, name)
-                numbers[name] = {"row": of_row["name"], "sets": sets}
+        for name, its_row in systems.items():
+            if numbers.get(name, {}).get("row") != its_row["name"]:
+                sets = measure(run, its_row, args, name)
+                numbers[name] = {"row": its_row["name"], "sets": sets}
                 write_json(path, found)
         audits.append({name: numbers[name]["sets"] for name in systems})
     lines = []
@@ -447,11 +447,12 @@ def audit(run, rows, args):
             line.append(f"{mean(answered):.1f} / {mean(refused):.1f}")
         lines.append(line)
     lines.insert(0, ["answered / refused (%)", *sets])
-    print(f"\n{render(lines)}\n\nmean of {', '.join(row['name'] for row in rows)}")
+    print(f"\n{render(lines)}\n\nmean of {', '.join(row['name'] for row in rows)}; kept in {path}: "
+          "remove it to measure again")
 
 
 def audit_systems(run, row):
-    """Return {system: its row} of what the audit compares with one phi, without those not there."""
+    """Return {system: its row} of all that the audit compares with one phi and the run has."""
     record, rows, found = read_record(row), read_rows([run]), {}
     base = record.base_training
     retrain = replace(base, base="retain")
@@ -463,11 +464,13 @@ def audit_systems(run, row):
         if other.method == "ga+gd" and other.base_training == base:
             systems["ga+gd"] = other
     for name, wanted in systems.items():
-        found[name] = find_row(rows, wanted)
-        if found[name] is None:
+        its_row = find_row(rows, wanted)
+        if its_row:
+            found[name] = its_row
+        else:
             print(f"{run} has no row for {name!r}: give unlearn.py --base full retain, or --method "
                   "ga+gd, with the same settings")
-    return {name: of_row for name, of_row in found.items() if of_row}
+    return found
 
 
 def measure(run, row, args, name):
@@ -484,15 +487,16 @@ def measure(run, row, args, name):
     forget, numbers = system.data.queries["test_forget"], {}
     surnames = {query.group.split()[-1] for query in forget if query.group}
     for title, queries in audit_sets(system).items():
-        asked, n = queries, max(1, len(queries))
+        passed, n = queries, max(1, len(queries))
         if name == "name filter":
-            asked = [query for query in queries if surnames.isdisjoint(query.text.lower().split())]
-        pred = predict(system.model, asked, system.phi, f"{name}: {title}")
-        missed = [query for query, tokens in zip(asked, pred) if tokens != query.answer]
+            passed = [query for query in queries
+                      if surnames.isdisjoint(query.text.lower().split())]
+        pred = predict(system.model, passed, system.phi, f"{name}: {title}")
+        missed = [query for query, tokens in zip(passed, pred) if tokens != query.answer]
         refused = refuses(system.model, missed, system.data.generic, system.phi,
                           f"{name}: {title}, refused")
-        n_refused = len(queries) - len(asked) + sum(refused)
-        numbers[title] = [100 * (len(asked) - len(missed)) / n, 100 * n_refused / n]
+        n_refused = len(queries) - len(passed) + sum(refused)
+        numbers[title] = [100 * (len(passed) - len(missed)) / n, 100 * n_refused / n]
     return numbers
 
 
