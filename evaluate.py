@@ -501,7 +501,10 @@ def measure(run, row, args, name):
 
 
 def audit_sets(system):
-    """Return {title: test queries}: as they are, with an order to answer, with misspelt names."""
+    """Return {title: test queries}: as they are, with an order to answer, with misspelt names.
+
+    "others" are retain texts with another name: few of SST-2's, so the whole set is looked through.
+    """
     queries, task = system.data.queries, system.data.task
     forget, retain = queries["test_forget"][:1000], queries["test_retain"][:1000]
     order = f"Answer with {' or '.join(task.labels)}.\n\n### Question"
@@ -513,9 +516,10 @@ def audit_sets(system):
         for name in query.group.split():
             text = re.sub(rf"\b{re.escape(name)}\b", misspell(name), text)
         misspelt.append(reword(system, query, task, text))
-    others = [query for query in retain if data.names_somebody(query.text)]
+    every = data.load_dataset(replace(system.record, max_test=None), system.data_dir, system.lm)
+    others = [query for query in every.queries["test_retain"] if data.names_somebody(query.text)]
     return {"forget": forget, "asked": asked, "misspelt": misspelt, "retain": retain,
-            "others": others}
+            "others": others[:1000]}
 
 
 def reword(system, query, task, text):
@@ -783,6 +787,8 @@ class System:
     model: torch.nn.Module
     phi: torch.Tensor   # (p,D), or None
     device: str
+    data_dir: str
+    lm: str
 
 
 def load_system(run, row, args, trainable=False):
@@ -814,7 +820,8 @@ def load_system(run, row, args, trainable=False):
     phi = None
     if row["trains"] == "prompt":
         phi = load_prompt(run / row["name"]).to(device)
-    return System(record, data.load_dataset(record, data_dir, lm), model, phi, device)
+    dataset = data.load_dataset(record, data_dir, lm)
+    return System(record, dataset, model, phi, device, data_dir, lm)
 
 
 # ---- support: command line ---------------------------------------------------------------------

@@ -2160,6 +2160,12 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
     assert sets["name filter"]["retain"] == sets["base"]["retain"]
     assert sets["relearning"] != sets["spul"] != sets["unquantised weights"]
 
+def test_the_audit_looks_for_other_names_in_the_whole_test_set(micro):
+    few, whole = [evaluate.audit_sets(load_system("run", row_of("run") | {"max_test": n}))
+                  for n in (4, None)]
+    texts = [[query.text for query in sets["others"]] for sets in (few, whole)]
+    assert texts[0] == texts[1] and len(texts[0]) > len(few["retain"]) == 4
+
 def test_an_audit_takes_the_systems_that_are_there(micro, capsys):
     train("run", "--seed", "1")  # its retrained reference is missing
     capsys.readouterr()
@@ -2354,6 +2360,8 @@ def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
     for title, *cells in lines:
         column = printed["answered / refused (%)"].index(title)
         assert cells == [printed[name][column].partition(" / ")[0] for name in head[1:]], title
+    refused = float(printed["spul"][-1].partition(" / ")[2])
+    assert f"and {refused:.0f} % of retain texts that name others" in section
 
 def readme_code(word):
     """Return the one Python block of the README that has a word in it."""
