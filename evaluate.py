@@ -424,7 +424,8 @@ def audit(run, rows, args):
     """Audit the phi of each of these rows; print the mean over them.
 
     Each system is measured once, with one model in memory at a time, and kept in audit.json:
-    {row of phi: {system: {"row": its own row, "sets": {set: [answered, refused]}}}}, in percent.
+    {row of phi: {system: {"row": its own row, "finished": when it was trained, "sets": {set:
+    [answered, refused]}}}}, in percent.
     """
     path = run / "audit.json"
     found = read_json(path, "what --audit measured") if path.is_file() else {}
@@ -432,9 +433,10 @@ def audit(run, rows, args):
     for row in rows:
         numbers, systems = found.setdefault(row["name"], {}), audit_systems(run, row)
         for name, its_row in systems.items():
-            if numbers.get(name, {}).get("row") != its_row["name"]:
+            if numbers.get(name, {}).get("finished") != its_row["finished"]:
                 sets = measure(run, its_row, args, name)
-                numbers[name] = {"row": its_row["name"], "sets": sets}
+                numbers[name] = {"row": its_row["name"], "finished": its_row["finished"],
+                                 "sets": sets}
                 write_json(path, found)
         audits.append({name: numbers[name]["sets"] for name in systems})
     lines = []
@@ -503,7 +505,7 @@ def measure(run, row, args, name):
 def audit_sets(system):
     """Return {title: test queries}: as they are, with an order to answer, with misspelt names.
 
-    "others" are retain texts with another name: few of SST-2's, so the whole set is looked through.
+    "others" are retain texts with similar names, from the whole test set: SST-2 has few.
     """
     queries, task = system.data.queries, system.data.task
     forget, retain = queries["test_forget"][:1000], queries["test_retain"][:1000]
@@ -516,8 +518,8 @@ def audit_sets(system):
         for name in query.group.split():
             text = re.sub(rf"\b{re.escape(name)}\b", misspell(name), text)
         misspelt.append(reword(system, query, task, text))
-    every = data.load_dataset(replace(system.record, max_test=None), system.data_dir, system.lm)
-    others = [query for query in every.queries["test_retain"] if data.names_somebody(query.text)]
+    uncut = data.load_dataset(replace(system.record, max_test=None), system.data_dir, system.lm)
+    others = [query for query in uncut.queries["test_retain"] if data.names_somebody(query.text)]
     return {"forget": forget, "asked": asked, "misspelt": misspelt, "retain": retain,
             "others": others[:1000]}
 
