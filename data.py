@@ -453,9 +453,9 @@ def sst2_splits(data_dir, seed):
     return splits
 
 
-def names_somebody(text):
-    """Whether a text has a given name of PEOPLE, or a name of the toy."""
-    return not GIVEN_NAMES.union(NAMES).isdisjoint(text.lower().split())
+def similar_names(dataset):
+    """Return words that tell a retain text with a similar name: given names, or the toy's names."""
+    return {"sst2": GIVEN_NAMES, "toy": set(NAMES)}.get(dataset, set())
 
 
 def yelp_splits(data_dir, seed):

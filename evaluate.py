@@ -505,7 +505,7 @@ def measure(run, row, args, name):
 def audit_sets(system):
     """Return {title: test queries}: as they are, with an order to answer, with misspelt names.
 
-    "others" are retain texts with similar names, from the whole test set: SST-2 has few.
+    "others" are retain texts with similar names, if any, from the whole test set: SST-2 has few.
     """
     queries, task = system.data.queries, system.data.task
     forget, retain = queries["test_forget"][:1000], queries["test_retain"][:1000]
@@ -519,9 +519,12 @@ def audit_sets(system):
             text = re.sub(rf"\b{re.escape(name)}\b", misspell(name), text)
         misspelt.append(reword(system, query, task, text))
     uncut = data.load_dataset(replace(system.record, max_test=None), system.data_dir, system.lm)
-    others = [query for query in uncut.queries["test_retain"] if data.names_somebody(query.text)]
-    return {"forget": forget, "asked": asked, "misspelt": misspelt, "retain": retain,
+    names = data.similar_names(system.record.dataset)
+    others = [query for query in uncut.queries["test_retain"]
+              if not names.isdisjoint(query.text.lower().split())]
+    sets = {"forget": forget, "asked": asked, "misspelt": misspelt, "retain": retain,
             "others": others[:1000]}
+    return {title: queries for title, queries in sets.items() if queries}
 
 
 def reword(system, query, task, text):

@@ -695,7 +695,11 @@ def run_cli(main):
             stream.reconfigure(errors="replace")  # a terminal without the text's characters
     try:
         main()
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # whoever read the output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:

@@ -26,7 +26,7 @@ import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -1808,6 +1808,12 @@ sys.exit(model.run_cli(unlearn.main))
 def interrupt(*_):
     raise KeyboardInterrupt
 
+def test_the_reader_of_the_output_may_end_first():
+    program = subprocess.Popen([sys.executable, "evaluate.py", "results/toy"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.close()  # as `| head` does after its lines
+    assert program.communicate()[1] == b"" and program.returncode == 1
+
 def test_two_programs_that_share_a_run_directory_lose_nothing(micro):
     command = [sys.executable, ROOT / "unlearn.py", *MICRO, "--out", "both"]
     programs = [subprocess.Popen([*command, "--method", *methods], stderr=subprocess.PIPE)
@@ -2160,11 +2166,15 @@ def test_the_audit_has_all_its_rows_with_the_control_that_never_saw_the_forget_s
     assert sets["name filter"]["retain"] == sets["base"]["retain"]
     assert sets["relearning"] != sets["spul"] != sets["unquantised weights"]
 
-def test_the_audit_looks_for_other_names_in_the_whole_test_set(micro):
+def test_the_audit_looks_for_other_names_in_the_whole_test_set(micro, monkeypatch):
     few, whole = [evaluate.audit_sets(load_system("run", row_of("run") | {"max_test": n}))
                   for n in (4, None)]
     texts = [[query.text for query in sets["others"]] for sets in (few, whole)]
     assert texts[0] == texts[1] and len(texts[0]) > len(few["retain"]) == 4
+    system = load_system("run", row_of("run"))  # no names are known for reviews of places
+    system.record = replace(system.record, dataset="yelp")
+    monkeypatch.setattr(data, "load_dataset", lambda *_: system.data)
+    assert evaluate.audit_sets(system).keys() == few.keys() - {"others"}
 
 def test_an_audit_takes_the_systems_that_are_there(micro, capsys):
     train("run", "--seed", "1")  # its retrained reference is missing
