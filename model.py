@@ -697,7 +697,7 @@ def run_cli(main):
         main()
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # whoever read the output has ended, such as `head`
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except InputError as error:
