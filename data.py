@@ -454,7 +454,7 @@ def sst2_splits(data_dir, seed):
 
 
 def similar_names(dataset):
-    """Return words that tell a retain text with a similar name: given names, or the toy's names."""
+    """Return the names by which the audit finds retain texts about people like those forgotten."""
     return {"sst2": GIVEN_NAMES, "toy": set(NAMES)}.get(dataset, set())
 
 
