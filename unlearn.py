@@ -663,9 +663,11 @@ def parse(argv=None):
 def start_processes():
     """Join the processes that torchrun started, if it did. Only the first one prints and writes."""
     if "WORLD_SIZE" in os.environ:
+        import atexit
         if torch.cuda.is_available():  # before anything touches the GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()  # gloo for CPU tensors, NCCL for those on GPUs
+        atexit.register(time.sleep, 1)  # gloo's threads abort if they free a tensor as Python ends
         if not is_rank_zero():
             sys.stdout = open(os.devnull, "w")
 
