@@ -427,18 +427,21 @@ def audit(run, rows, args):
     {row of phi: {system: {"row": its own row, "finished": when it was trained, "sets": {set:
     [answered, refused]}}}}, in percent.
     """
-    path = run / "audit.json"
-    found = read_json(path, "what --audit measured") if path.is_file() else {}
-    audits = []
+    path, audits = run / "audit.json", []
+
+    def read():
+        return read_json(path, "what --audit measured") if path.is_file() else {}
+
     for row in rows:
-        numbers, systems = found.setdefault(row["name"], {}), audit_systems(run, row)
+        systems = audit_systems(run, row)
         for name, its_row in systems.items():
-            if numbers.get(name, {}).get("finished") != its_row["finished"]:
-                sets = measure(run, its_row, args, name)
-                numbers[name] = {"row": its_row["name"], "finished": its_row["finished"],
-                                 "sets": sets}
+            kept = read().get(row["name"], {}).get(name, {})
+            if kept.get("finished") != its_row["finished"]:
+                sets, found = measure(run, its_row, args, name), read()  # others write it, too
+                found.setdefault(row["name"], {})[name] = {
+                    "row": its_row["name"], "finished": its_row["finished"], "sets": sets}
                 write_json(path, found)
-        audits.append({name: numbers[name]["sets"] for name in systems})
+        audits.append({name: read()[row["name"]][name]["sets"] for name in systems})
     lines = []
     for name, sets in audits[0].items():
         if any(name not in numbers for numbers in audits):

@@ -2187,6 +2187,9 @@ def test_an_audit_measures_nothing_twice(micro, monkeypatch, capsys):
 
     def spy(run, row, args, name):
         done.append((row["name"], name))
+        if len(done) == 2:  # meanwhile another process writes what it measured
+            found = json.loads(Path("run/audit.json").read_text())
+            Path("run/audit.json").write_text(json.dumps(found | {"another": {}}))
         if len(done) == 3:
             raise KeyboardInterrupt
         return measure(run, row, args, name)
@@ -2195,6 +2198,7 @@ def test_an_audit_measures_nothing_twice(micro, monkeypatch, capsys):
         evaluate.main(["run", "--audit"])
     evaluate.main(["run", "--audit"])  # starts with the system that was interrupted
     assert done[3] == done[2] and len(set(done)) == len(done) - 1
+    assert "another" in json.loads(Path("run/audit.json").read_text())
     shown, measured = capsys.readouterr().out.partition("answered / refused")[2], len(done)
     for lr in ("0.5", "0.4", "0.4"):  # a system that was not there, another row for it, retrained
         for row in read_rows("run"):
