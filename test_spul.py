@@ -2236,8 +2236,8 @@ def test_phi_continues_from_a_saved_phi_and_the_row_says_so(micro):
     assert_close(soft_prompt.load_prompt(Path("run", row["name"])), phi, atol=1e-5)
 
 @pytest.mark.parametrize("flags, message", [
-    (["--qlora-lr", "1e-9"], "answers only"), (["--lr", "30", "--alpha", "0"], "answers only"),
-    ([], None)])
+    (["--qlora-lr", "1e-9"], "answers only"), ([], None),
+    (["--method", "rl", "--baseline-lr", "0.03"], "answers only")])
 def test_a_base_that_learned_nothing_or_a_lost_retain_set_is_said_in_one_line(
         micro, flags, message, capsys):
     train("new", *flags)
