@@ -437,7 +437,8 @@ def audit(run, rows, args):
         for name, its_row in systems.items():
             kept = read().get(row["name"], {}).get(name, {})
             if kept.get("finished") != its_row["finished"]:
-                sets, found = measure(run, its_row, args, name), read()  # others write it, too
+                sets = measure(run, its_row, args, name)
+                found = read()  # again: another process may have written meanwhile
                 found.setdefault(row["name"], {})[name] = {
                     "row": its_row["name"], "finished": its_row["finished"], "sets": sets}
                 write_json(path, found)

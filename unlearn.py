@@ -667,7 +667,8 @@ def start_processes():
         if torch.cuda.is_available():  # before anything touches the GPU
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()  # gloo for CPU tensors, NCCL for those on GPUs
-        atexit.register(time.sleep, 1)  # gloo's threads abort if they free a tensor as Python ends
+        # before Python ends, time for gloo's threads to free their tensors: later they would abort
+        atexit.register(time.sleep, 1)
         if not is_rank_zero():
             sys.stdout = open(os.devnull, "w")
 
