@@ -660,8 +660,8 @@ def choose_row(run, name, needs_phi=True):
 class Run:
     """A run directory: args.json, log.csv, results.json, and a directory for each finished row.
 
-    NAME.part holds what an interrupted training resumes from. A finished row is written in a
-    directory of the process's own and renamed; results.json and log.csv are rebuilt from the
+    NAME.state.pt.part is what an interrupted training resumes from. A finished row is written in
+    a directory of the process's own and renamed; results.json and log.csv are rebuilt from the
     finished rows: several processes may share a run.
     """
 
@@ -673,9 +673,9 @@ class Run:
         gather_objects(None)  # the other processes wait for these files
         self.rows = read_rows([self.dir])
 
-    def part(self, record):
-        """Return the directory of an unfinished row."""
-        return self.dir / f"{record.name}.part"
+    def part(self, record, file):
+        """Return the path of an unfinished row's file: no directory, which others might remove."""
+        return self.dir / f"{record.name}.{file}.part"
 
     def own(self, record):
         """Return this process's directory of a row's final files: others may train it too."""
@@ -688,13 +688,14 @@ class Run:
         if is_rank_zero():
             own, done = self.own(record), self.dir / record.name
             write_json(own / "row.json", row)
-            if not (done / "row.json").is_file():
+            if done.exists() and not (done / "row.json").is_file():
                 shutil.rmtree(done, ignore_errors=True)
             try:
                 own.rename(done)
             except OSError:  # another process was faster
                 shutil.rmtree(own)
-            shutil.rmtree(self.part(record), ignore_errors=True)
+            for file in ("log.csv", "state.pt"):
+                self.part(record, file).unlink(missing_ok=True)
             self.rebuild()
         gather_objects(None)
         self.rows.append(row)

@@ -1828,6 +1828,17 @@ def test_two_programs_that_share_a_run_directory_lose_nothing(micro):
     assert {line["row"] for line in read_csv("both/log.csv")} == {
         name for name, row in rows.items() if row["trains"]}
 
+def test_a_row_that_another_process_finishes_does_not_stop_this_one(micro):
+    run, w = evaluate.Run("shared", SimpleNamespace()), nn.Parameter(torch.zeros(9))
+    record, optimizer = evaluate.read_record(row_of("run")), torch.optim.AdamW([w])
+    log = unlearn.Log(record, run, None)
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(lambda: [run.finish(record, {}) for _ in range(100)])
+        while not other.done():
+            log.save([w], optimizer, 1)
+            log.load([w], optimizer)
+    assert len(other.result()) == 100 and len(read_rows("shared")) == 1
+
 # Runs unlearn.py and keeps the gradient of each method's first step.
 KEEP_GRADIENTS = f"""
 import os, sys
@@ -2132,8 +2143,7 @@ class Sneaky:
     ("load", LM), ("prompt", PHI), ("adapt", ADAPTER), ("again", "state.pt")])
 def test_code_hidden_in_a_pickle_never_runs(micro, command, file):
     if command == "again":
-        path = Path("run", f"{drop_row('run')}.part", file)
-        path.parent.mkdir()
+        path = Path("run", f"{drop_row('run')}.{file}.part")
     else:
         path, = micro.glob(file)
         path.unlink()

@@ -465,7 +465,7 @@ class Log:
     """
 
     def __init__(self, record, run, dataset):
-        self.record, self.dir, self.dataset = record, run.part(record), dataset
+        self.record, self.run, self.dir, self.dataset = record, run, None, dataset
         self.lines, self.shown, self.progress = [], 0, None
 
     def add(self, epoch, step, steps, totals, seconds):
@@ -497,24 +497,27 @@ class Log:
         model.train(is_training)
 
     def write(self):
-        """Write the lines so far."""
+        """Write the lines so far, of a finished training in the row's directory."""
         if is_rank_zero():
-            evaluate.write_log(self.dir / "log.csv", self.lines)
+            part = self.run.part(self.record, "log.csv")
+            evaluate.write_log(self.dir / "log.csv" if self.dir else part, self.lines)
 
     def save(self, params, optimizer, epoch):
         """Write what training needs to resume after `epoch` (not sharded weights: they restart)."""
         self.write()
         if is_rank_zero() and not is_sharded(params[0]):
-            with atomic_write(self.dir / "state.pt") as temporary:
+            with atomic_write(self.run.part(self.record, "state.pt")) as temporary:
                 torch.save({"epoch": epoch, "lines": self.lines, "params": params,
                             "optimizer": optimizer.state_dict()}, temporary)
 
     def load(self, params, optimizer):
         """Restore what `save` wrote. Returns how many epochs are done."""
-        path = self.dir / "state.pt"
-        if is_sharded(params[0]) or not path.is_file():
+        if is_sharded(params[0]):
             return 0
-        state = torch.load(path, "cpu", weights_only=True)
+        try:
+            state = torch.load(self.run.part(self.record, "state.pt"), "cpu", weights_only=True)
+        except FileNotFoundError:  # nothing to resume, or another process has finished the row
+            return 0
         for w, saved in zip(params, state["params"], strict=True):
             w.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
