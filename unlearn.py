@@ -591,7 +591,8 @@ def make_parser():
         help="frozen weights: nf4, bf16 or fp32")
     add("--dense", False, action=argparse.BooleanOptionalAction,
         help="unpack NF4 once: faster steps, more memory")
-    add("--dtype", choices=("fp32", "bf16"), help="to compute in: fp32, or bf16 (on GPUs with it)")
+    add("--dtype", choices=("fp32", "bf16"),
+        help="to compute in: fp32, or bf16 (GPUs, AMX, AVX512_BF16)")
     add("--device", help="cpu, cuda or mps (cuda where there is a GPU)")
     add("--checkpointing", False, action="store_true", help="recompute layers: less memory")
     add("--accumulate", 1, type=count, help="compute each step in this many parts")
