@@ -2386,23 +2386,25 @@ def printed_rows(capsys, run):
 def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
     section = README.partition("## The result")[2].partition("Make the")[0]
     _, _, *lines = [line.split("|")[1:-1] for line in section.splitlines() if line[:1] == "|"]
-    toy, smollm2 = [printed_rows(capsys, run) for run in ("toy", "sst2-small")]
+    toy, smollm2, smaller = [printed_rows(capsys, run)
+                             for run in ("toy", "sst2-small", "sst2-audit")]
     assert len(lines) == 8
     for line in lines:
         name, *cells = [cell.strip(" *") for cell in line]
         name = {"base (QLoRA)": "qlora"}.get(name, name.lower())
         ours, paper = toy[name]  # SPUL's alpha = beta = 1 is a cell of Table 3, not Table 2's row
-        theirs, paper = smollm2.get(name, ([""] * 4, paper))  # baselines: not at this size
+        assert line[-1].strip().endswith("*") == (name not in smollm2), name
+        theirs, paper = smollm2.get(name) or smaller[name]
         assert cells == [*paper[2:], *ours[2:], *theirs[2:]], name
-    methods = {"ga": "GA", "rl": "RL", "ga+kl": "GA+KL", "ga+gd": "GA+GD", "spul": "SPUL"}
-    pair = {"qlora": "base", "spul": "SPUL"}
-    for run, names in (("sst2-audit", methods), ("wmdp-small", pair), ("yelp-small", pair)):
+    section = " ".join(section.split())
+    assert f"(SPUL then: {' / '.join(smaller['spul'][0][2:])})" in section
+    for run in ("wmdp-small", "yelp-small"):
         rows = printed_rows(capsys, run)
-        text = ", ".join(f"{names[name]} {' / '.join(rows[name][0][2:])}" for name in names)
-        assert f": {text}." in " ".join(section.split()), run
+        base, spul = [" / ".join(rows[name][0][2:]) for name in ("qlora", "spul")]
+        assert f": base {base}, SPUL {spul}." in section, run
 
 def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
-    evaluate.main([str(ROOT / "results" / "sst2-audit"), "--audit"])  # measures nothing again
+    evaluate.main([str(ROOT / "results/sst2-audit"), "--audit", "--row", "spul-203bd4-s0"])
     printed = {line[0]: line for line in table_cells(capsys.readouterr().out) if line}
     section = README.partition("**Is it forgotten?**")[2].partition("## Words")[0]
     lines = [line.split("|")[1:-1] for line in section.splitlines() if line[:1] == "|"]
