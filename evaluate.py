@@ -674,7 +674,7 @@ class Run:
         self.rows = read_rows([self.dir])
 
     def part(self, record, file):
-        """Return the path of an unfinished row's file: no directory, which others might remove."""
+        """Return where an unfinished row keeps a file, in no directory that another may remove."""
         return self.dir / f"{record.name}.{file}.part"
 
     def own(self, record):
@@ -688,7 +688,7 @@ class Run:
         if is_rank_zero():
             own, done = self.own(record), self.dir / record.name
             write_json(own / "row.json", row)
-            if done.exists() and not (done / "row.json").is_file():
+            if done.exists() and not (done / "row.json").is_file():  # a finished row comes whole
                 shutil.rmtree(done, ignore_errors=True)
             try:
                 own.rename(done)

@@ -102,8 +102,8 @@ def spul_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
     w_retain       (N,)   1 / (retain examples in the step) on their rows, 0 on the others
 
     So each part is a mean over examples, and 0 when the step has none of them. (paper: sums over
-    D_f and D_r; released code: means, as here. With means, a forget example of SST-2 weighs about
-    20 times as much as a retain example.)
+    D_f and D_r; released code: means, as here. With means over mixed batches of 32, a forget
+    example of SST-2 weighs about 20 times as much as a retain example.)
     """
     L_f = (cross_entropy(logits, y) * w_forget).sum()                  # Eq. (2)
     L_r = (cross_entropy(logits, y) * w_retain).sum()                  # Eq. (3)

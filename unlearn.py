@@ -497,10 +497,10 @@ class Log:
         model.train(is_training)
 
     def write(self):
-        """Write the lines so far, of a finished training in the row's directory."""
+        """Write the lines so far; after the training, into `dir`, which `train_row` has set."""
         if is_rank_zero():
-            part = self.run.part(self.record, "log.csv")
-            evaluate.write_log(self.dir / "log.csv" if self.dir else part, self.lines)
+            path = self.dir / "log.csv" if self.dir else self.run.part(self.record, "log.csv")
+            evaluate.write_log(path, self.lines)
 
     def save(self, params, optimizer, epoch):
         """Write what training needs to resume after `epoch` (not sharded weights: they restart)."""
