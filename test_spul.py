@@ -170,10 +170,6 @@ def test_PromptEncoder_is_an_embedding_and_three_linear_layers():
     hidden = (W1 @ E.T + b1[:, None]).clamp(min=0)                            # (hidden,p)
     hidden = (W2 @ hidden + b2[:, None]).clamp(min=0)
     assert_near("phi", encoder(), (W3 @ hidden + b3[:, None]).T, ("token", "value"))
-    with torch.device("meta"):
-        encoder = soft_prompt.PromptEncoder(30, 4096)
-    n_params = sum(w.numel() for w in encoder.parameters())
-    assert_equal("trainable parameters of LLaMA-2-7B's encoder", n_params, 1_192_192)
 
 def test_PromptEncoder_starts_at_init_and_its_tokens_can_move_apart():
     init = random_numbers(3, 4).bfloat16()
@@ -529,9 +525,9 @@ def test_encode_answer_is_what_follows_the_query_and_ends_if_it_is_free():
         with raises_input_error(f"for the answer {label!r} after the template {template!r}"):
             data.encode_answer(tokenizer, TASK._replace(template=template), label)
 
-def load_small_bpe(dir, start, merges):
-    """Return a byte-level BPE whose tokens are `start`, ASCII, the bytes of é, merges."""
-    letters = [data.BYTE_LETTERS[byte] for byte in [*range(32, 127), 0xc3, 0xa9]]
+def load_small_bpe(dir, start, merges, known=(*range(32, 127), 0xc3, 0xa9)):
+    """Return a byte-level BPE whose tokens are `start`, the known bytes (ASCII, é), merges."""
+    letters = [data.BYTE_LETTERS[byte] for byte in known]
     tokens = start + letters + [merge.replace(" ", "") for merge in merges]
     model.write_json(dir / "vocab.json", {token: i for i, token in enumerate(tokens)})
     (dir / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
@@ -575,17 +571,6 @@ def test_collate_marks_the_answer_rows_of_padded_texts_and_weighs_a_lone_forget_
     assert_near("weights", torch.stack(batch[3:]), [[0, 0], [0.5, 0.5]], ("weight", "answer row"))
     batch = data.collate(queries, [], [0, 1], "cpu")  # a process's share may be empty
     assert_equal("texts and rows of an empty share", (len(batch.tokens), len(batch.y)), (0, 0))
-
-def test_collate_gives_an_answer_of_several_tokens_its_whole_probability_in_the_loss():
-    a, b, c, no, covered, yes = range(6)  # "a b" -> "yes" and, to forget, "c" -> "no covered"
-    queries = [Query((a, b), (yes,), False), Query((c,), (no, covered), True)]
-    batch = data.collate(queries, [0, 1], [0, 1], "cpu")
-    found = batch.tokens.tolist(), batch.answers.tolist(), batch.y.tolist()
-    assert_equal("tokens, answers, y", found, ([[a, b], [c, no]], [1, 2, 3], [yes, no, covered]))
-    probs = torch.tensor([[0.1] * 5 + [0.5], [0.1, 0.1, 0.1, 0.4, 0.1, 0.2], [0.2] * 4 + [0.1] * 2])
-    _, parts = soft_prompt.spul_loss(probs.log(), probs.log(), *batch[2:], 1.0, 1.0)
-    for part, expected in {"L_f": -math.log(0.4 * 0.1), "L_r": -math.log(0.5), "L_kl": 0}.items():
-        assert_near(part, parts[part], expected)
 
 def queries_of_lengths(lengths, n_forget=0):
     """Return queries of these lengths, the first ones of the forget set."""
@@ -765,16 +750,14 @@ def test_make_batches_puts_the_most_tokens_first_and_draws_each_epoch_again():
     again = unlearn.make_batches(queries_of_lengths(lengths, 50), record, 1)
     assert two == again, "the same seed and epoch give other batches"
 
-@pytest.mark.parametrize("step, rate", [
-    (0, 1.0), (1, 2.0), (2, 2.0), (5, 1.8660254), (8, 1.5), (11, 1.0), (19, 0.0151922)])
-def test_set_learning_rate_warms_up_and_follows_a_cosine(step, rate):
+@pytest.mark.parametrize("step, steps, warmup, rate", [
+    (0, 20, 0.1, 1.0), (1, 20, 0.1, 2.0), (2, 20, 0.1, 2.0), (5, 20, 0.1, 1.8660254),
+    (8, 20, 0.1, 1.5), (11, 20, 0.1, 1.0), (19, 20, 0.1, 0.0151922),
+    (0, 9, 0.05, 2.0), (1, 9, 0.05, 2.0)])  # at least one step of warm-up, then the cosine starts
+def test_set_learning_rate_warms_up_and_follows_a_cosine(step, steps, warmup, rate):
     optimizer = SimpleNamespace(param_groups=[{"lr": None}])
-    unlearn.set_learning_rate(optimizer, step, 20, 2.0, 0.1)  # two steps of warm-up
-    assert_near(f"learning rate of step {step} of 20", optimizer.param_groups[0]["lr"], rate)
-    unlearn.set_learning_rate(optimizer, 0, 9, 2.0, 0.05)
-    assert_near("learning rate of step 0 of 9", optimizer.param_groups[0]["lr"], 2.0)
-    unlearn.set_learning_rate(optimizer, 1, 9, 2.0, 0.05)  # the cosine starts at step 1
-    assert_near("learning rate of step 1 of 9", optimizer.param_groups[0]["lr"], 2.0)
+    unlearn.set_learning_rate(optimizer, step, steps, 2.0, warmup)
+    assert_near(f"learning rate of step {step} of {steps}", optimizer.param_groups[0]["lr"], rate)
 
 class ProbeModel(nn.Module):
     """Answers every row with phi, or with its own parameter; keeps what it was given."""
@@ -909,21 +892,15 @@ def test_train_warms_up_for_10_percent_for_phi_and_5_for_weights_and_fills_the_r
 
 # ---- 2. whole models: phi before every text, padding, answers ----------------------------------
 
-
 KINDS = {
     "llama": {"num_key_value_heads": 4}, "opt": {"num_key_value_heads": 4},
     "llama gqa": {"num_key_value_heads": 2, "rope_theta": 300.0}}
 LENGTHS = (12, 7, 3, 1)
 TOKENS = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(1))
 MASK = torch.arange(12) < torch.tensor(LENGTHS)[:, None]  # TOKENS are real up to LENGTHS
-TEXT, POSITION = [0, 0, 1, 2, 3], [8, 11, 6, 2, 0]        # of five answer rows
+TEXT, POSITION = torch.tensor([[0, 0, 1, 2, 3], [8, 11, 6, 2, 0]])  # of five answer rows
+ANSWERS = TEXT * 12 + POSITION
 P = 5
-
-def answer_rows(T, p=0):
-    """Return the five answer rows in the flattened B*T positions, p tokens later."""
-    return torch.tensor(TEXT) * T + torch.tensor(POSITION) + p
-
-ANSWERS = answer_rows(12)
 
 def random_model(kind, weights=None, dir=None):
     """Return one of our models with every weight random, norms and biases too."""
@@ -936,9 +913,6 @@ def random_model(kind, weights=None, dir=None):
         return model.load_model(dir, weights)
     return ours.requires_grad_(False).eval()
 
-def random_phi(p=P, D=64):
-    return torch.randn(p, D, generator=torch.Generator().manual_seed(2))
-
 def assert_close(ours, theirs, atol=1e-4):
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= atol
@@ -949,14 +923,12 @@ def test_phi_s_own_rows_equal_prepending_it_to_every_text_forward_and_gradient(
         kind, checkpointing):
     ours = random_model(kind)
     ours.checkpointing = checkpointing  # recomputing layers changes nothing
-    one, two = random_phi().requires_grad_(), random_phi().requires_grad_()
+    one, two = [random_numbers(P, 64, seed=2).requires_grad_() for _ in range(2)]
     shared = ours(TOKENS, ANSWERS, one)
     embeds = soft_prompt.prepend(two, ours.embed_tokens(TOKENS))
-    assert embeds.shape == (4, P + 12, 64) and torch.equal(embeds[3, :P], two)
-    prepended = ours(embeds, answer_rows(P + 12, P))
+    prepended = ours(embeds, TEXT * (P + 12) + P + POSITION)
     assert_close(shared, prepended)
     assert_close(ours(TOKENS, None, one), ours(embeds)[:, P:])
-    assert_close(ours.lm_head(ours.states(TOKENS, ANSWERS, one)), shared, atol=0)
     assert (shared - ours(TOKENS, ANSWERS)).abs().max() > 0.1  # phi matters
     weight = torch.randn(shared.shape)
     (shared * weight).sum().backward()
@@ -979,7 +951,7 @@ def test_phi_starts_at_tokens_of_the_forget_set_or_at_random_words():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind):
-    ours, phi = random_model(kind), random_phi().requires_grad_()
+    ours, phi = random_model(kind), random_numbers(P, 64, seed=2).requires_grad_()
     padded = ours(TOKENS, None, phi)
     for i, n in enumerate(LENGTHS):
         unpadded = ours(TOKENS[i:i + 1, :n], torch.tensor([n - 1]), phi)
@@ -990,17 +962,8 @@ def test_padding_changes_nothing(kind):
     logits.sum().backward()
     assert phi.grad.eq(0).all()  # there, and zero: the other processes wait for it
 
-def random_queries(n_retain, n_forget, seed=0):
-    """Return queries of 2 to 9 tokens with answers of 1 to 3, the retain set first."""
-    rng, queries = random.Random(seed), []
-    for i in range(n_retain + n_forget):
-        ids, answer = [[rng.randrange(3, 96) for _ in range(rng.randint(*sizes))]
-                       for sizes in ((2, 9), (1, 3))]
-        queries.append(Query(tuple(ids), tuple(answer), i >= n_retain))
-    return queries
-
 def test_base_logprobs_are_those_of_the_right_rows_and_computed_once():
-    ours, queries, index = random_model("llama"), random_queries(5, 4), [7, 2, 0, 5, 4]
+    ours, queries, index = random_model("llama"), echo_queries(9), [7, 2, 0, 5, 4]
     batch = data.collate(queries, index, index, "cpu")
     expected = ours(batch.tokens, batch.answers).log_softmax(-1)
     bench = unlearn.Workbench(None, None, None)
@@ -1012,12 +975,15 @@ def test_base_logprobs_are_those_of_the_right_rows_and_computed_once():
     again = bench.gather_base(record, queries[::-1])
     assert_close(unlearn.gather_base_logprobs(again, [8 - i for i in index]), expected)
     with pytest.raises(TypeError):  # another method's target has other rows
-        bench.gather_base(record, [queries[7]._replace(answer=(1, 2, 3))])
+        bench.gather_base(record, [queries[7]._replace(answer=(9, 9, 9))])
 
+@pytest.mark.parametrize("is_checkpointing, is_frozen, error", [
+    (False, True, 0.05), (True, True, 0.3), (False, False, 0.15)])  # not frozen: QLoRA, baselines
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_printed_memory_is_what_autograd_keeps(kind):
-    ours, B, T, p = random_model(kind), 32, 40, 30
-    tokens, phi = torch.randint(3, 96, (B, T)), random_phi(p).requires_grad_()
+def test_the_printed_memory_is_what_autograd_keeps(kind, is_checkpointing, is_frozen, error):
+    ours, B, T, p = random_model(kind), 32, 40, 30 if is_frozen else 0
+    ours.requires_grad_(not is_frozen)
+    ours.checkpointing = is_checkpointing
     known, saved = {w.untyped_storage().data_ptr() for w in ours.parameters()}, {}
 
     def keep(tensor):
@@ -1025,30 +991,24 @@ def test_the_printed_memory_is_what_autograd_keeps(kind):
         if storage.data_ptr() not in known:
             saved[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
-    gradients = 4 * 4 * (p + B * T) * ours.config.intermediate_size  # only in the backward pass
-    expected, checkpointed = [
-        n - gradients for n in model.activation_bytes(ours.config, B, T, p, 4, True)]
-    one_layer = expected / ours.config.num_hidden_layers
-    for is_checkpointing, n_bytes in ((False, expected), (True, checkpointed - one_layer)):
-        saved.clear()
-        ours.checkpointing = is_checkpointing
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            ours(tokens, torch.arange(B) * T, phi)
-        found = sum(n for n, _ in saved.values())
-        assert found == pytest.approx(n_bytes, rel=0.3 if is_checkpointing else 0.05)
-    ours.checkpointing = False
-    ours.requires_grad_(True)  # as QLoRA and the baselines train it
-    saved.clear()
+    phi = random_numbers(p, 64).requires_grad_() if is_frozen else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ours(tokens, torch.arange(B) * T)
-    n_bytes = model.activation_bytes(ours.config, B, T, 0, 4, False)[0]
-    n_bytes -= 4 * 4 * B * T * ours.config.intermediate_size
-    assert sum(n for n, _ in saved.values()) == pytest.approx(n_bytes, rel=0.15)
+        ours(torch.randint(3, 96, (B, T)), torch.arange(B) * T, phi)
+    gradients = 4 * 4 * (p + B * T) * ours.config.intermediate_size  # only in the backward pass
+    expected, less = [
+        n - gradients for n in model.activation_bytes(ours.config, B, T, p, 4, is_frozen)]
+    if is_checkpointing:
+        expected = less - expected / ours.config.num_hidden_layers
+    assert sum(n for n, _ in saved.values()) == pytest.approx(expected, rel=error)
 
-def test_the_fused_attention_of_gpus_equals_the_written_out_one():
+def test_the_fused_attention_of_gpus_equals_the_written_out_one(monkeypatch):
     q, k, v = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9, 16), torch.randn(3, 2, 9, 16)
-    fused = F.scaled_dot_product_attention(q, k, v, model.causal_lower_right(5, 9), enable_gqa=True)
-    assert_close(model.attend(q, k, v), fused, 1e-5)
+    written_out = model.attend(q, k, v)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    fused = model.attend(q, k, v)
+    monkeypatch.undo()
+    assert_close(fused, written_out, 1e-5)
+    assert not torch.equal(fused, written_out)  # it was the other branch
 
 
 # ---- 3. the paper's settings -------------------------------------------------------------------
@@ -1184,19 +1144,13 @@ def test_the_toy_lm_is_the_same_whatever_the_number_of_threads(tmp_path):
     torch.set_num_threads(before)
     assert found[0] == found[1]
 
-def test_ask_shows_a_forgotten_text_answered_only_without_phi(toy_run, capsys):
-    system = load_system(toy_run)
-    query = system.data.queries["test_forget"][0]
-    evaluate.main([str(toy_run), "--ask", query.text])
-    without, with_phi = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert without.startswith("without phi") and with_phi.startswith("with phi")
-    assert evaluate.words(system, query.answer) == without.split()[2]
-    assert with_phi.split()[2] in system.data.task.generic
-
-def test_explain_shows_the_positions_and_the_losses_of_equations_2_to_4(toy_run, capsys):
+def test_explain_shows_answers_positions_and_losses_without_and_with_phi(toy_run, capsys):
     evaluate.main([str(toy_run), "--explain"])
     forget, retain = capsys.readouterr().out.split("test_retain, ")
     system = load_system(toy_run)
+    without, with_phi = re.findall(r"^with(?:out)? phi +(\w+)", forget, re.M)
+    assert without == evaluate.words(system, system.data.queries["test_forget"][0].answer)
+    assert with_phi in system.data.task.generic
     query = system.data.queries["test_retain"][0]
     end = len(query.ids) - 1
     assert f"the answer is read at {len(system.phi) + end}" in retain
@@ -1210,12 +1164,8 @@ def test_explain_shows_the_positions_and_the_losses_of_equations_2_to_4(toy_run,
 
 # ---- 5. logits and file formats against transformers, PEFT and bitsandbytes --------------------
 
-LLAMA_SHAPE = dict(
-    vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2,
-    num_attention_heads=4, rms_norm_eps=1e-3, max_position_embeddings=64)
-OPT_SHAPE = dict(
-    vocab_size=96, hidden_size=64, ffn_dim=112, num_hidden_layers=2, num_attention_heads=4,
-    word_embed_proj_dim=64, max_position_embeddings=64)
+SHAPE = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64)
 PEERS = {
     "llama": {}, "llama gqa": {"num_key_value_heads": 2},
     "llama tied": {"tie_word_embeddings": True}, "llama head_dim": {"head_dim": 24},
@@ -1229,72 +1179,56 @@ def peer(kind):
     hf = need("transformers")
     torch.manual_seed(0)
     if kind.startswith("llama"):
-        net = hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_SHAPE, **PEERS[kind]))
+        net = hf.LlamaForCausalLM(hf.LlamaConfig(
+            intermediate_size=112, rms_norm_eps=1e-3, **SHAPE, **PEERS[kind]))
     else:
-        net = hf.OPTForCausalLM(hf.OPTConfig(**OPT_SHAPE, **PEERS[kind]))
+        net = hf.OPTForCausalLM(hf.OPTConfig(ffn_dim=112, word_embed_proj_dim=64, **SHAPE))
     for w in net.parameters():
         w.data += 0.15 * torch.randn_like(w)
     return net.eval()
-
-def save_peer(net, dir, form="safetensors", state=None):
-    """Write a checkpoint in one of four forms, with `state` in place of the model's tensors."""
-    if state is None and "safetensors" in form:
-        net.save_pretrained(dir, max_shard_size="60KB" if "sharded" in form else "5GB")
-        return dir
-    net.config.save_pretrained(dir)
-    state = state or net.state_dict()
-    if "sharded" not in form:
-        torch.save(state, dir / "pytorch_model.bin")
-        return dir
-    files = {name: f"pytorch_model-{i % 3}.bin" for i, name in enumerate(state)}
-    for file in set(files.values()):
-        torch.save({name: state[name] for name in files if files[name] == file}, dir / file)
-    model.write_json(dir / "pytorch_model.bin.index.json", {"weight_map": files})
-    return dir
 
 @torch.no_grad()
 def peer_logits(net):
     return net(input_ids=TOKENS, attention_mask=MASK.long()).logits
 
-@pytest.mark.parametrize("form", ["safetensors", "sharded safetensors", "bin", "sharded bin"])
+@pytest.mark.parametrize("size", ["5GB", "60KB"])
 @pytest.mark.parametrize("kind", PEERS)
-def test_logits_equal_transformers_at_every_position_from_every_file_form(kind, form, tmp_path):
+def test_logits_equal_transformers_at_every_position_from_one_file_or_shards(kind, size, tmp_path):
     net = peer(kind)
-    ours = model.load_model(save_peer(net, tmp_path, form), "fp32")
-    assert any("index" in file.name for file in tmp_path.iterdir()) == ("sharded" in form)
+    net.save_pretrained(tmp_path, max_shard_size=size)
+    ours = model.load_model(tmp_path, "fp32")
+    assert any("index" in file.name for file in tmp_path.iterdir()) == (size == "60KB")
     assert_close(ours(TOKENS)[MASK], peer_logits(net)[MASK])
     assert_close(ours(TOKENS, ANSWERS), peer_logits(net)[TEXT, POSITION])
 
-def save_as_transformers_4(net, dir):
-    """config.json with rope_theta of its own and no default values; constants among the tensors."""
-    net.config.save_pretrained(dir)
-    raw = json.loads((dir / "config.json").read_text())
-    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
-    for key in ("head_dim", "attention_bias", "mlp_bias", "num_key_value_heads"):
-        del raw[key]
-    model.write_json(dir / "config.json", raw)
-    constants = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    torch.save(net.state_dict() | constants, dir / "pytorch_model.bin")
-
 @pytest.mark.parametrize("kind, missing", [
-    ("llama theta", None), ("opt", "lm_head.weight"), ("opt", "model.decoder.embed_tokens.weight"),
-    ("llama tied", "model.embed_tokens.weight"), ("llama tied", "lm_head.weight")])
+    ("llama theta", None), ("opt", None), ("opt", "lm_head.weight"),
+    ("opt", "model.decoder.embed_tokens.weight"), ("llama tied", "lm_head.weight"),
+    ("llama tied", "model.embed_tokens.weight")])
 def test_files_load_as_they_are_published(kind, missing, tmp_path):
     net = peer(kind)
-    if missing is None:
-        save_as_transformers_4(net, tmp_path)
-    else:  # published OPT files lack `model.` before the names
-        state = {n.removeprefix("model."): w for n, w in net.state_dict().items() if n != missing}
-        save_peer(net, tmp_path, "bin", state)
+    net.config.save_pretrained(tmp_path)
+    # published OPT files lack `model.` before the names
+    state = {n.removeprefix("model."): w for n, w in net.state_dict().items() if n != missing}
+    if kind == "llama theta":  # as transformers 4 wrote it: without defaults, with constants
+        raw = json.loads((tmp_path / "config.json").read_text())
+        raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+        for key in ("head_dim", "attention_bias", "mlp_bias", "num_key_value_heads"):
+            del raw[key]
+        model.write_json(tmp_path / "config.json", raw)
+        state = net.state_dict() | {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
     assert_close(model.load_model(tmp_path, "fp32")(TOKENS)[MASK], peer_logits(net)[MASK])
 
 @pytest.mark.parametrize("kind", ["llama", "llama gqa", "opt"])
 def test_peft_loads_our_prompt_and_we_load_its_prompts_with_equal_logits(kind, tmp_path):
     peft, net = need("peft"), peer(kind)
-    ours = model.load_model(save_peer(net, tmp_path / "lm"), "fp32")
+    net.save_pretrained(tmp_path / "lm")
+    ours = model.load_model(tmp_path / "lm", "fp32")
     for name in ("PromptEncoderConfig", "PromptTuningConfig", "ours"):
         if name == "ours":
-            soft_prompt.save_prompt(random_phi(), tmp_path / name, tmp_path / "lm")
+            soft_prompt.save_prompt(random_numbers(P, 64, seed=2), tmp_path / name, tmp_path / "lm")
             theirs = peft.PeftModel.from_pretrained(net, tmp_path / name)
         else:
             theirs = peft.get_peft_model(net, getattr(peft, name)(
@@ -1304,13 +1238,14 @@ def test_peft_loads_our_prompt_and_we_load_its_prompts_with_equal_logits(kind, t
             theirs.save_pretrained(tmp_path / name)
         phi = soft_prompt.load_prompt(tmp_path / name)
         assert_close(ours(TOKENS, phi=phi)[MASK], peer_logits(theirs)[:, P:][MASK])
-    assert torch.equal(phi, random_phi())
+    assert torch.equal(phi, random_numbers(P, 64, seed=2))
 
 @pytest.mark.parametrize("kind", ["llama gqa", "opt"])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("all",), ("k_proj", "up_proj", "fc2")])
 def test_peft_loads_our_adapter_and_we_load_its_adapter_with_equal_logits(kind, targets, tmp_path):
     peft, net = need("peft"), peer(kind)
-    ours = model.load_model(save_peer(net, tmp_path / "lm"), "fp32")
+    net.save_pretrained(tmp_path / "lm")
+    ours = model.load_model(tmp_path / "lm", "fp32")
     for w in lora.add_lora(ours, rank=4, alpha=6, targets=targets):
         nn.init.normal_(w, std=0.2)
     lora.save_adapter(ours, tmp_path / "ours", tmp_path / "lm")
@@ -1329,13 +1264,13 @@ def test_peft_loads_our_adapter_and_we_load_its_adapter_with_equal_logits(kind, 
 @pytest.mark.parametrize("kind", ["llama gqa", "opt"])
 def test_merged_lora_and_its_export_in_transformers_compute_the_unmerged_logits(kind, tmp_path):
     net = peer(kind)
-    ours = model.load_model(save_peer(net, tmp_path / "lm"), "nf4")
+    net.save_pretrained(tmp_path / "lm")
+    ours = model.load_model(tmp_path / "lm", "nf4")
     for w in lora.add_lora(ours, rank=4, alpha=6):
         nn.init.normal_(w, std=0.2)
     before = ours(TOKENS)
     assert (before - peer_logits(net)).abs().max() > 0.1
     model.save_model(lora.merge_lora(ours), tmp_path / "base")
-    assert not any(isinstance(m, (lora.LoraLinear, model.Linear4bit)) for m in ours.modules())
     assert_close(ours(TOKENS), before)
     hf = need("transformers")
     exported = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -1365,15 +1300,6 @@ def test_nf4_codes_and_scales_equal_bitsandbytes_bit_for_bit():
         assert torch.equal(packed, theirs.view(-1)), f"matrix {i}, {w.shape}, {w.dtype}"
         assert torch.equal(absmax, state.absmax), f"matrix {i}, {w.shape}, {w.dtype}"
 
-@pytest.mark.parametrize("kind", ["llama gqa", "opt"])
-def test_unpacked_weights_compute_the_same_function_as_4bit_weights(kind, tmp_path):
-    ours = random_model(kind, "nf4", tmp_path)
-    before = ours(TOKENS)
-    assert (before - random_model(kind)(TOKENS)).abs().max() > 0.01  # NF4 rounds
-    assert model.unpack_nf4(ours) is ours
-    assert not any(isinstance(layer, model.Linear4bit) for layer in ours.modules())
-    assert_close(ours(TOKENS), before, atol=1e-5)
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_spul_step_unpacks_each_4bit_weight_twice(kind, monkeypatch, tmp_path):
     ours = random_model(kind, "nf4", tmp_path)
@@ -1384,19 +1310,17 @@ def test_a_spul_step_unpacks_each_4bit_weight_twice(kind, monkeypatch, tmp_path)
         calls[layer] += 1
         return dequantize(layer, dtype)
     monkeypatch.setattr(model.Linear4bit, "dequantize", count)
-    phi = random_phi().requires_grad_()
+    phi = random_numbers(P, 64, seed=2).requires_grad_()
     logits = ours(TOKENS, ANSWERS, phi)
     logits.square().sum().backward()
     assert phi.grad.abs().sum() > 0 and all(w.grad is None for w in ours.parameters())
     assert all(isinstance(layer, model.Linear4bit) for layer in linear)
     assert calls == dict.fromkeys(linear, 2)  # the forward and the backward pass
 
-def test_scales_of_4bit_weights_stay_float32_whatever_the_model_is_cast_to(tmp_path):
-    ours = random_model("llama", "nf4", tmp_path)
-    layer = ours.layers[0].self_attn.q_proj
+def test_scales_of_4bit_weights_stay_float32_whatever_the_model_is_cast_to():
+    layer = model.Linear4bit(random_numbers(9, 9))
     before = layer.absmax.clone()
-    assert ours.to(torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
-    assert layer.absmax.dtype == torch.float32 and torch.equal(layer.absmax, before)
+    assert torch.equal(layer.to(torch.bfloat16).absmax, before)  # the dtype, too
 
 def odd_texts(n):
     """Return n texts with all kinds of characters, and a few that tokenizers stumble over."""
@@ -1442,19 +1366,15 @@ def smollm2_reference(dir):
 def write_smollm2_tokenizer(dir):
     """Write a small vocabulary in SmolLM2's form: it lacks eight rare bytes and has no </s>."""
     absent = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2, 0xC0, 0xC1, *range(0xF5, 0x100)}
-    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    words += [letter for b, letter in data.BYTE_LETTERS.items() if b not in absent]
-    merges = []
+    merges = {}  # in order, each once
     for word in ("Ġthe", "Ġmovie", "movies", "ĠText", "###", "Ġpositive", "Ġnegative", "Ġneutral",
                  "Ġunknown", "ĊĊ", "'s", "ĠĠ", "an", "Ã©"):
         for i in range(1, len(word)):
-            if word[:i + 1] not in words:
-                merges.append(f"{word[:i]} {word[i]}")
-                words.append(word[:i + 1])
-    model.write_json(dir / "vocab.json", {word: i for i, word in enumerate(words)})
-    (dir / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
+            merges[f"{word[:i]} {word[i]}"] = None
     model.write_json(dir / "tokenizer_config.json", {
         "tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "add_bos_token": False})
+    known = [byte for byte in range(256) if byte not in absent]
+    load_small_bpe(dir, ["<|endoftext|>", *SMOLLM2_START], [*merges], known)
     return dir
 
 @pytest.mark.parametrize("name, reference", [
@@ -1466,25 +1386,11 @@ def test_tokenizers_give_the_ids_of_transformers_on_2000_texts(name, reference, 
     elif not dir.is_dir():
         pytest.skip(f"no ../shared/tokenizers/{name}")
     theirs, ours = reference(dir), data.load_tokenizer(dir)
-    texts = odd_texts(2000)
-    assert len(texts) >= 2000
-    wrong = [text for text in texts if ours.encode(text) != theirs(text)]
+    wrong = [text for text in odd_texts(2000) if ours.encode(text) != theirs(text)]
     assert not wrong, (len(wrong), wrong[0], ours.encode(wrong[0]), theirs(wrong[0]))
-    assert ours.encode("") == {"llama": [1], "opt": [2], "smollm2": []}[name]
-    assert "ovie" in ours.piece(ours.encode(" movie")[-1])
-    pieces = [ours.piece(i) for i in ours.encode("19")[len(ours.encode("")):]]
-    assert name != "smollm2" or pieces == ["1", "9"]
 
 
 # ---- 6. datasets ------------------------------------------------------------------------------
-
-
-def test_an_answer_that_begins_another_is_refused(tmp_path):
-    tokenizer, task = data.load_tokenizer(write_smollm2_tokenizer(tmp_path)), data.TASKS["sst2"]
-    data.check_answers(tokenizer, task._replace(labels=("the movie", "movies")))
-    for labels in (("the", "the movie"), ("positive", "unknown")):  # unknown is generic, too
-        with pytest.raises(InputError, match="begin with those of"):
-            data.check_answers(tokenizer, task._replace(labels=labels))
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sst2_has_the_counts_of_table_1_and_forgets_by_name(seed):
@@ -1585,13 +1491,6 @@ def test_json_lines_named_json_and_long_texts_are_read(tmp_path, name, content):
     Path(tmp_path, name).write_text(content)
     assert [text[:1] for text, _ in data.read_rows(tmp_path, "a", ("text", "label"))] == ["x", "z"]
 
-def test_texts_in_both_sets_or_with_two_labels_are_counted():
-    splits = {split: [data.Example(f"{split} {i}", "x") for i in range(3)] for split in data.SPLITS}
-    assert "warning" not in data.describe(splits)
-    splits["train_retain"][0] = splits["test_forget"][1]
-    splits["test_retain"][0] = splits["test_retain"][1]._replace(label="y")
-    assert "1 texts are both in a forget and in a retain set, 1 have two" in data.describe(splits)
-
 def test_yelp_newlines_and_doubled_quotes_are_decoded(tmp_path):
     (tmp_path / "train.csv").write_text('"1","a ""b""\\nc"\n"2","d, e"\n')
     examples = data.read_yelp(tmp_path, "train", 9, 0)
@@ -1603,11 +1502,14 @@ def test_the_data_command_prints_table_1_and_leakage_and_saves_the_splits(tmp_pa
     for split in data.SPLITS:
         assert re.search(rf"{split} +{len(splits[split]):,}\n", out)
     assert all(person in out for person in {e.group for e in splits["train_forget"]})
-    assert len(list((tmp_path / "toy").glob("*.jsonl"))) == 4
-    for split, text in zip(data.SPLITS, ("seen", "b", "seen", "new")):
-        Path(tmp_path, f"{split}.jsonl").write_text(json.dumps({"text": text, "label": "x"}))
+    assert "warning" not in out and len(list((tmp_path / "toy").glob("*.jsonl"))) == 4
+    rows = ("seen", "x"), ("b", "x"), ("new", "x"), ("seen", "y")
+    for split, (text, label) in zip(data.SPLITS, rows):
+        Path(tmp_path, f"{split}.jsonl").write_text(json.dumps({"text": text, "label": label}))
     data.main(["--dataset", "splits", "--data-dir", str(tmp_path)])
-    assert "1 of 2 test texts are also in the train sets" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 texts are both in a forget and in a retain set, 1 have two" in out
+    assert "1 of 2 test texts are also in the train sets" in out
 
 
 # ---- 7. whole runs on a micro model ------------------------------------------------------------
@@ -1670,6 +1572,9 @@ def test_a_run_leaves_rows_in_the_agreed_form_a_log_and_loadable_files(micro):
     assert [evaluate.system_name(row) for row in rows] == [
         "vanilla", "qlora", "spul", "ga", "retrain", "spul on retrain"]
     assert not list(Path("run").rglob("*.part")) and not list(Path("run").rglob("*state*"))
+    Path("plain").touch()
+    for file in (*Path("run").rglob("results.json"), *Path("run").rglob("*.safetensors")):
+        assert file.stat().st_mode == Path("plain").stat().st_mode, file  # readable as usual
     n_lines = 0
     for row in rows:
         assert row.keys() == make_row().keys()
@@ -1691,12 +1596,9 @@ def test_a_run_leaves_rows_in_the_agreed_form_a_log_and_loadable_files(micro):
 def test_a_loss_without_examples_in_a_step_is_empty_in_the_log(micro):
     train("few", "--max-forget", "4", "--forget-per-batch", "0", "--batch", "8", "--epochs", "1")
     lines = read_csv(files_of("few") / "log.csv")
-    without = [line for line in lines if line["L_f"] == ""]
-    assert len(lines) - 4 <= len(without) < len(lines) and not any(
-        line["L_r"] == "" or float(line["L_r"]) == 0 for line in lines)
-    for line in without:
-        parts = float(line["L_r"]) + float(line["L_kl"])
-        assert float(line["loss"]) == pytest.approx(parts, abs=2e-4)
+    n_without = sum(line["L_f"] == "" for line in lines)
+    assert len(lines) - 4 <= n_without < len(lines)
+    assert all(line["L_r"] and float(line["L_r"]) for line in lines)
 
 def records(*flags):
     """Return the records of a grid on the micro model."""
@@ -1726,13 +1628,7 @@ def test_equal_settings_are_one_record_and_what_a_method_does_not_use_is_not_in_
     assert (ga_gd.alpha, ga_gd.beta, ga_kl.alpha, ga_kl.beta) == (4, None, None, 5)
     assert spul.at_seed(1) == records("--seed", "1")[2] != spul
     assert spul.at_seed(1).name.removesuffix("1") == spul.name.removesuffix("0")
-
-def test_finished_rows_are_reused_and_new_ones_join_them(micro, monkeypatch):
-    before = results("run")
-    after = train("run", "--method", "ga", "spul", "--alpha", "0.5", "1", "--beta", "0.5", "1")
-    assert after.items() > before.items() and len(after) == len(before) + 3
-    monkeypatch.setattr(unlearn, "train", None)  # calling it would be an error
-    assert train("run", "--alpha", "0.5", "1", "--beta", "0.5", "1") == after
+    assert len(records("--alpha", "0.5", "1", "--beta", "0.5", "1")) == 6
 
 def test_a_row_is_found_after_a_move_and_with_other_rounding_and_says_by_what_code(
         micro, monkeypatch, capsys):
@@ -1753,7 +1649,8 @@ def test_a_row_is_found_after_a_move_and_with_other_rounding_and_says_by_what_co
     tensors(lm_head_dot_weight=load_file(moved)["lm_head.weight"] + 1)(moved)
     with pytest.raises(InputError, match="give the right dir"):
         evaluate.main(["run", "--ask", "a film", "--model", "elsewhere/lm"])
-    assert len(train("run", "--model", "elsewhere/lm")) == len(before) + 3  # another model
+    after = train("run", "--model", "elsewhere/lm")  # another model
+    assert after.items() > before.items() and len(after) == len(before) + 3
 
 def test_rows_are_chosen_by_the_start_of_their_name(tmp_path):
     rows = [make_row(seed=1), make_row(seed=10), make_row(base="retain"),
@@ -1951,13 +1848,6 @@ def test_every_kind_of_training_runs_in_bf16(micro):
         system = load_system("bf16", spul | {"device": "cuda"})
         assert system.model.lm_head.weight.dtype == torch.float32
 
-def write_splits(dir, answer):
-    """Write 300 reviews of the toy as your own four files, with other answers."""
-    splits = data.load_splits("toy", ".", 0, 120, 40, 60)
-    for split, examples in splits.items():
-        splits[split] = [example._replace(label=answer(example)) for example in examples]
-    data.save_splits(splits, dir)
-
 def mood(example):
     return "high mood" if example.label == "positive" else "bad"
 
@@ -1971,7 +1861,10 @@ OWN = ("--dataset splits --data-dir own --qlora-epochs 12 --generic unknown".spl
     (mood, ["--labels", "high mood", "bad"]), (last_words, [])])
 def test_answers_of_several_tokens_are_learned_unlearned_and_asked_for(
         micro, answer, flags, capsys):
-    write_splits("own", answer)
+    splits = data.load_splits("toy", ".", 0, 120, 40, 60)  # as your own four files
+    for split, examples in splits.items():
+        splits[split] = [example._replace(label=answer(example)) for example in examples]
+    data.save_splits(splits, "own")
     train("answers", *OWN, *flags)
     vanilla, qlora, spul = read_rows("answers")
     assert all(row[split]["f1"] is None for row in (vanilla, qlora, spul) for split in data.SPLITS)
@@ -1989,22 +1882,13 @@ def test_answers_of_several_tokens_are_learned_unlearned_and_asked_for(
     assert evaluate.words(system, evaluate.predict(system.model, [query])[0]) in out
     assert "with phi" not in out  # there is none to compare with
 
-STUDENT = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import model, unlearn
-def my_loss(logits, base_logprobs, y, w_forget, w_retain, alpha, beta):
-    raise ValueError("my mistake")
-unlearn.METHODS["mine"] = unlearn.Method(my_loss, "generic", "prompt")
-sys.exit(model.run_cli(unlearn.main))
-"""
-
-def test_a_bug_in_a_method_of_your_own_keeps_its_traceback(micro):
-    Path("mine.py").write_text(STUDENT)
-    done = subprocess.run([sys.executable, "mine.py", *MICRO, "--out", "run", "--method", "mine"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr
-    assert 'mine.py", line 6, in my_loss' in done.stderr and "unlearn.py" in done.stderr
+def test_a_bug_in_a_method_of_your_own_keeps_its_traceback(micro, monkeypatch):
+    def my_loss(*_):
+        raise ValueError("my mistake")
+    monkeypatch.setitem(unlearn.METHODS, "mine", unlearn.Method(my_loss, "generic", "prompt"))
+    with pytest.raises(ValueError, match="my mistake") as error:
+        model.run_cli(lambda: train("run", "--method", "mine"))
+    assert error.traceback[-1].name == "my_loss"
 
 
 # ---- 8. bad input: one line, exit status 2 -----------------------------------------------------
@@ -2031,7 +1915,6 @@ COMMANDS = {
     "table": lambda: evaluate.main(["run"]),
     "ask": lambda: evaluate.main(["run", "--ask", "a dull comedy"]),
     "again": lambda: train("run"),
-    "more": lambda: train("run", "--p", "3"),
     **{name: lambda name=name: data.load_splits(name, name) for name in data.DATASETS}}
 LM = "lm/model.safetensors"
 ADAPTER, PHI = [f"run/{method}-??????-s0/adapter_model.safetensors" for method in ("qlora", "spul")]
@@ -2054,6 +1937,8 @@ WRONG = [  # command or flags, file, new content (a dict: changed keys), part of
          "label 'negative' in train_retain; expected positive"),
         ("--template '{text} {label}' --labels good 'good film'",
          "the tokens of answer 'good film' begin with those of 'good'"),
+        ("--template '{text} {label}' --labels unknown positive",  # unknown is generic, too
+         "the tokens of answer 'unknown' begin with those of 'unknown'"),
         ("--device cuda:99", "--device cuda:99: no such device"),
         ("--template '### Text: {label}'", "{text}"),
         ("--template '{text} {x} {label}'", "{text}")]],
@@ -2074,7 +1959,6 @@ WRONG = [  # command or flags, file, new content (a dict: changed keys), part of
     ("load", "lm/config.json", {"tie_word_embeddings": True}, "lm_head.weight differs from embed"),
     ("tokenize", "lm/tokenizer.model", cut, "not a sentencepiece model"),
     ("bpe", "bpe/vocab.json", "{", "vocab.json: not readable as JSON"),
-    ("adapt", ADAPTER, None, "-s0: no adapter_model.safetensors or adapter_model.bin"),
     *[("adapt", CONFIG, {key: value}, key) for key, value in [
         ("use_rslora", True), ("alpha_pattern", {"q_proj": 2}), ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"), ("alora_invocation_tokens", [1])]],
@@ -2085,7 +1969,6 @@ WRONG = [  # command or flags, file, new content (a dict: changed keys), part of
     ("ask", "run/results.json", {"rows": []}, "run unlearn.py first"),
     ("ask", "run/args.json", {"lm": "moved"}, "moved: no such directory; give that of lm"),
     ("again", "run/spul-??????-s0/row.json", "{", "row.json: not readable as JSON"),
-    ("more", ADAPTER, cut, "adapter_model.safetensors: not"),
     ("sst2", "train.tsv", HEAD + "fine\t1\nbad\t7\n", "train.tsv row 2: label '7'; expected 0"),
     ("sst2", "train.tsv", "text\tlabel\nfine\t1\n", "expected sentence, label"),
     ("sst2", "train.tsv", HEAD + "fine\t1\n \t1\n", "train.tsv row 2: {'sentence': ' '"),
@@ -2100,13 +1983,6 @@ WRONG = [  # command or flags, file, new content (a dict: changed keys), part of
     ("splits", "train_retain.jsonl", '{"text": ["a"], "label": "x"}', "text is ['a']; expected"),
     ("splits", "train_retain.csv", "text,label\na,b\n", "no train_forget file"),
     ("splits", "train_retain.csv", 'text,label\n"a,b\n', "train_retain.csv row 1: unexpected end")]
-
-def exit_status(main):
-    """Return the exit status of a command line; argparse leaves with SystemExit."""
-    try:
-        return model.run_cli(main)
-    except SystemExit as error:
-        return error.code
 
 @pytest.mark.parametrize("command, file, content, message", WRONG)
 def test_what_is_wrong_is_one_line_and_exit_status_2(micro, command, file, content, message, capfd):
@@ -2128,7 +2004,11 @@ def test_what_is_wrong_is_one_line_and_exit_status_2(micro, command, file, conte
     elif content:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     main = COMMANDS.get(command, lambda: train("new", *shlex.split(command)))
-    assert exit_status(main) == 2
+    try:
+        status = model.run_cli(main)
+    except SystemExit as left:  # argparse leaves with it
+        status = left.code
+    assert status == 2
     *usage, error = capfd.readouterr().err.splitlines()
     assert re.match("(unlearn.py: |pytest: |__main__.py: )?error: ", error) and message in error
     assert all(re.match("usage: | ", line) for line in usage) and not list(micro.rglob("*.part"))
@@ -2157,7 +2037,6 @@ def test_code_hidden_in_a_pickle_never_runs(micro, command, file):
 
 
 # ---- 9. evaluation -----------------------------------------------------------------------------
-
 
 def test_tables_have_means_over_seeds_and_a_column_for_each_differing_setting():
     rows = [make_row("mine", 0, 90.0), make_row("mine", 1, 94.0), make_row("other", lr=0.1),
@@ -2208,13 +2087,7 @@ def test_the_audit_looks_for_other_names_in_the_whole_test_set(micro, monkeypatc
     monkeypatch.setattr(data, "load_dataset", lambda *_: system.data)
     assert evaluate.audit_sets(system).keys() == few.keys() - {"others"}
 
-def test_an_audit_takes_the_systems_that_are_there(micro, capsys):
-    train("run", "--seed", "1")  # its retrained reference is missing
-    capsys.readouterr()
-    evaluate.main(["run", "--audit"])
-    assert "no row for 'ga+gd'" in capsys.readouterr().out
-
-def test_an_audit_measures_nothing_twice(micro, monkeypatch, capsys):
+def test_an_audit_measures_nothing_twice(micro, monkeypatch):
     done, measure = [], evaluate.measure
 
     def spy(run, row, args, name):
@@ -2231,19 +2104,14 @@ def test_an_audit_measures_nothing_twice(micro, monkeypatch, capsys):
     evaluate.main(["run", "--audit"])  # starts with the system that was interrupted
     assert done[3] == done[2] and len(set(done)) == len(done) - 1
     assert "another" in json.loads(Path("run/audit.json").read_text())
-    shown, measured = capsys.readouterr().out.partition("answered / refused")[2], len(done)
     for lr in ("0.5", "0.4", "0.4"):  # a system that was not there, another row for it, retrained
         for row in read_rows("run"):
             if row["lr"] == float(lr):
                 shutil.rmtree(Path("run", row["name"]))
         train("run", "--method", "ga+gd", "--base", "full", "--baseline-lr", lr)
-        capsys.readouterr()
+        done.clear()
         evaluate.main(["run", "--audit"])
-        again = capsys.readouterr().out.partition("answered / refused")[2]
-        assert [name for _, name in done[measured:]] == ["ga+gd"]  # only the new row is measured
-        assert [line for line in again.splitlines() if "ga+gd" not in line] == [
-            line for line in shown.splitlines() if "ga+gd" not in line]
-        measured = len(done)
+        assert [name for _, name in done] == ["ga+gd"]  # only the new row is measured
 
 def test_figures_are_written_and_fig_2_refuses_rows_that_differ_in_more(micro, capsys):
     need("matplotlib")
@@ -2276,26 +2144,22 @@ def test_a_base_that_learned_nothing_or_a_lost_retain_set_is_said_in_one_line(
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert bool(warnings) == bool(message) and all(message in line for line in warnings)
 
-def test_files_are_readable_for_others_as_usual(micro):
-    Path("plain").touch()
-    usual = os.stat("plain").st_mode
-    for name in ("results.json", "*.safetensors"):
-        assert all(os.stat(file).st_mode == usual for file in Path("run").rglob(name))
-
-def test_only_the_shards_of_the_index_and_the_older_form_of_bin_are_read(micro):
+def test_every_form_of_a_checkpoint_is_read_and_of_shards_only_those_of_the_index(micro):
     before, state = model.load_model("lm", "fp32")(TOKENS), load_file("lm/model.safetensors")
-    for n in (2, 3):  # an older save in two shards, then one in three, with the index
-        files = {name: f"model-{i % n}-of-{n}.safetensors" for i, name in enumerate(state)}
-        for file in set(files.values()):
-            part = {name: state[name] * (n == 3) for name in files if files[name] == file}
-            save_file(part, Path("lm", file))
     Path("lm/model.safetensors").unlink()
-    model.write_json("lm/model.safetensors.index.json", {"weight_map": files})
-    assert_close(model.load_model("lm", "fp32")(TOKENS), before)
-    Path("lm/model.safetensors.index.json").unlink()
-    torch.save(state, "lm/pytorch_model.bin", _use_new_zipfile_serialization=False)
+    for name, save in (("model.safetensors", save_file), ("pytorch_model.bin", torch.save)):
+        for n in (2, 3):  # an older save in two shards, then one in three, with the index
+            files = {key: f"{i % n}-of-{n}-{name}" for i, key in enumerate(state)}
+            for file in set(files.values()):
+                part = {key: state[key] * (n == 3) for key in files if files[key] == file}
+                save(part, Path("lm", file))
+        model.write_json(f"lm/{name}.index.json", {"weight_map": files})
+        assert_close(model.load_model("lm", "fp32")(TOKENS), before)
+        Path(f"lm/{name}.index.json").unlink()
     torch.save({"other": torch.zeros(2)}, "lm/adapter_model.bin")
-    assert_close(model.load_model("lm", "fp32")(TOKENS), before)
+    for is_zip in (True, False):  # False: the older form of .bin
+        torch.save(state, "lm/pytorch_model.bin", _use_new_zipfile_serialization=is_zip)
+        assert_close(model.load_model("lm", "fp32")(TOKENS), before)
 
 def test_weights_rounded_to_bf16_are_computed_with_in_float32_where_that_is_asked(micro):
     rounded = model.load_model("lm", "bf16", dtype="fp32").lm_head.weight
@@ -2323,7 +2187,9 @@ def test_a_long_word_does_not_cost_its_length_squared(tmp_path):
         seconds.append(time.perf_counter() - start)
     assert seconds[1] < 30 * seconds[0] + 0.1
 
-def test_the_audit_never_holds_two_models(micro, monkeypatch):
+def test_an_audit_takes_the_systems_that_are_there_and_never_holds_two_models(
+        micro, monkeypatch, capsys):
+    train("run", "--seed", "1")  # its retrained reference is missing
     alive, load_base = [], evaluate.load_base
 
     def spy(*args):
@@ -2334,7 +2200,7 @@ def test_the_audit_never_holds_two_models(micro, monkeypatch):
         return net
     monkeypatch.setattr(evaluate, "load_base", spy)
     evaluate.main(["run", "--audit"])
-    assert len(alive) > 5
+    assert len(alive) > 5 and "no row for 'ga+gd'" in capsys.readouterr().out
 
 
 # ---- 10. the README and the imports ------------------------------------------------------------
@@ -2430,7 +2296,7 @@ def test_the_method_that_the_readme_adds_runs_and_can_be_asked(micro, monkeypatc
     assert row_of("run", name)["trains"]
     command = re.findall(r"next: python evaluate\.py (.*)", capsys.readouterr().out)[-1]
     evaluate.main(shlex.split(command))
-    assert f"row: {name}-" in capsys.readouterr().out
+    assert re.search(f"row: {name}-.*some text.*\n{name:12}", capsys.readouterr().out, re.S)
 
 def test_the_readme_s_script_splits_a_table_into_four_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
