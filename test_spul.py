@@ -2270,7 +2270,7 @@ def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
         assert f": base {base}, SPUL {spul}." in section, run
 
 def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
-    evaluate.main([str(ROOT / "results/sst2-audit"), "--audit", "--row", "spul-203bd4-s0"])
+    evaluate.main([str(ROOT / "results/sst2-audit"), "--audit"])
     printed = {line[0]: line for line in table_cells(capsys.readouterr().out) if line}
     section = README.partition("**Is it forgotten?**")[2].partition("## Words")[0]
     lines = [line.split("|")[1:-1] for line in section.splitlines() if line[:1] == "|"]
