@@ -526,7 +526,7 @@ def test_encode_answer_is_what_follows_the_query_and_ends_if_it_is_free():
             data.encode_answer(tokenizer, TASK._replace(template=template), label)
 
 def load_small_bpe(dir, start, merges, known=(*range(32, 127), 0xc3, 0xa9)):
-    """Return a byte-level BPE whose tokens are `start`, the known bytes (ASCII, é), merges."""
+    """Return a byte-level BPE of `start`, the known bytes (else ASCII and é), and merges."""
     letters = [data.BYTE_LETTERS[byte] for byte in known]
     tokens = start + letters + [merge.replace(" ", "") for merge in merges]
     model.write_json(dir / "vocab.json", {token: i for i, token in enumerate(tokens)})
@@ -1208,16 +1208,16 @@ def test_logits_equal_transformers_at_every_position_from_one_file_or_shards(kin
 def test_files_load_as_they_are_published(kind, missing, tmp_path):
     net = peer(kind)
     net.config.save_pretrained(tmp_path)
-    # published OPT files lack `model.` before the names
-    state = {n.removeprefix("model."): w for n, w in net.state_dict().items() if n != missing}
+    state = {name: w for name, w in net.state_dict().items() if name != missing}
     if kind == "llama theta":  # as transformers 4 wrote it: without defaults, with constants
         raw = json.loads((tmp_path / "config.json").read_text())
         raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
         for key in ("head_dim", "attention_bias", "mlp_bias", "num_key_value_heads"):
             del raw[key]
         model.write_json(tmp_path / "config.json", raw)
-        state = net.state_dict() | {
-            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    else:  # published OPT files lack `model.` before the names
+        state = {name.removeprefix("model."): w for name, w in state.items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert_close(model.load_model(tmp_path, "fp32")(TOKENS)[MASK], peer_logits(net)[MASK])
 
