@@ -25,7 +25,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer
+from sklearn.preprocessing import FunctionTransformer, Normalizer
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -491,7 +491,9 @@ def cluster_topics(reviews, n_train, seed):
     """Return the reviews (train first) with their topic as group, and the list of topics.
 
     A topic is one of 40 clusters, named by its three heaviest words. On vectors of unit length,
-    k-means uses cosine distance. Words in over 3 % of the reviews, often opinions, are left out.
+    k-means uses cosine distance; from their last digits, which the processor and its threads
+    decide, it can come to other clusters: hence four decimals. Words in over 3 % of the reviews,
+    often opinions, are left out.
     """
     random_state = generator(seed, "embedding").randrange(2 ** 32)
     tfidf = TfidfVectorizer(stop_words="english", token_pattern=r"[^\W\d_]{3,}", min_df=3,
@@ -499,7 +501,8 @@ def cluster_topics(reviews, n_train, seed):
     svd = TruncatedSVD(50, random_state=random_state)
     kmeans = KMeans(40, n_init=10, random_state=random_state)
     texts = [review.text for review in reviews]
-    steps = make_pipeline(tfidf, svd, Normalizer(), kmeans).fit(texts[:n_train])
+    four_decimals = FunctionTransformer(lambda vectors: vectors.round(4))
+    steps = make_pipeline(tfidf, svd, Normalizer(), four_decimals, kmeans).fit(texts[:n_train])
     clusters = steps.predict(texts)
     centers = svd.inverse_transform(kmeans.cluster_centers_)                 # (40, words)
     words = tfidf.get_feature_names_out()[(-centers).argsort()[:, :3]]       # (40, 3)

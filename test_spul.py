@@ -1046,6 +1046,21 @@ def test_paper_yelp_forgets_5_percent_of_the_reviews_in_whole_clusters():
         assert {e.group for e in forget}.isdisjoint({e.group for e in retain})
     assert "" not in {e.group for e in splits["train_forget"]}
 
+def test_yelp_topics_are_those_of_any_processor(monkeypatch):
+    reviews = data.read_yelp(shared("yelp"), "train", 3000, 0)
+    exact = data.cluster_topics(reviews, 3000, 0)
+
+    class OtherRounding(data.TruncatedSVD):
+        def transform(self, X):
+            vectors = super().transform(X)
+            return vectors * (1 + 1e-13 * vectors)
+        def fit_transform(self, X, y=None):
+            vectors = super().fit_transform(X)
+            return vectors * (1 + 1e-13 * vectors)
+
+    monkeypatch.setattr(data, "TruncatedSVD", OtherRounding)
+    assert data.cluster_topics(reviews, 3000, 0) == exact
+
 def shared(path):
     """Return a path in the shared data, or skip the test."""
     if not (SHARED / "data" / path).exists():
