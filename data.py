@@ -491,9 +491,9 @@ def cluster_topics(reviews, n_train, seed):
     """Return the reviews (train first) with their topic as group, and the list of topics.
 
     A topic is one of 40 clusters, named by its three heaviest words. On vectors of unit length,
-    k-means uses cosine distance; from their last digits, which the processor and its threads
-    decide, it can come to other clusters: hence four decimals. Words in over 3 % of the reviews,
-    often opinions, are left out.
+    k-means uses cosine distance. They are rounded to four decimals, because their last digits
+    depend on the processor and on the number of threads, and would change the clusters. Words in
+    over 3 % of the reviews, often opinions, are left out.
     """
     random_state = generator(seed, "embedding").randrange(2 ** 32)
     tfidf = TfidfVectorizer(stop_words="english", token_pattern=r"[^\W\d_]{3,}", min_df=3,

@@ -1048,9 +1048,9 @@ def test_paper_yelp_forgets_5_percent_of_the_reviews_in_whole_clusters():
 
 def test_yelp_topics_are_those_of_any_processor(monkeypatch):
     reviews = data.read_yelp(shared("yelp"), "train", 3000, 0)
-    exact = data.cluster_topics(reviews, 3000, 0)
+    expected = data.cluster_topics(reviews, 3000, 0)
 
-    class OtherRounding(data.TruncatedSVD):
+    class OtherRounding(data.TruncatedSVD):  # two numbers of threads differ by as much
         def transform(self, X):
             vectors = super().transform(X)
             return vectors * (1 + 1e-13 * vectors)
@@ -1059,7 +1059,7 @@ def test_yelp_topics_are_those_of_any_processor(monkeypatch):
             return vectors * (1 + 1e-13 * vectors)
 
     monkeypatch.setattr(data, "TruncatedSVD", OtherRounding)
-    assert data.cluster_topics(reviews, 3000, 0) == exact
+    assert data.cluster_topics(reviews, 3000, 0) == expected
 
 def shared(path):
     """Return a path in the shared data, or skip the test."""
