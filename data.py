@@ -491,7 +491,7 @@ def cluster_topics(reviews, n_train, seed):
     """Return the reviews (train first) with their topic as group, and the list of topics.
 
     A topic is one of 40 clusters, named by its three heaviest words. On vectors of unit length,
-    k-means uses cosine distance. They are rounded to four decimals, because their last digits
+    k-means uses cosine distance. These vectors are rounded to four decimals: their last digits
     depend on the processor and on the number of threads, and would change the clusters. Words in
     over 3 % of the reviews, often opinions, are left out.
     """
