@@ -548,8 +548,7 @@ PRESETS = {
 }
 # What differs for one dataset.
 DATASETS = {("paper", "yelp"): dict(qlora_epochs=2), ("paper", "wmdp+sciq"): dict(qlora_epochs=5),
-            ("small", "yelp"): dict(max_train=4000, max_len=128, qlora_epochs=1, alpha=[5.0],
-                                    epochs=1),
+            ("small", "yelp"): dict(max_train=4000, max_len=128, qlora_epochs=1, alpha=[5.0]),
             ("small", "wmdp+sciq"): dict(max_train=3000, max_test=1000)}
 
 
