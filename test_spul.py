@@ -2294,8 +2294,13 @@ def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
     for title, *cells in lines:
         column = printed["answered / refused (%)"].index(title)
         assert cells == [printed[name][column].partition(" / ")[0] for name in head[1:]], title
-    refused = printed["spul"][-1].partition(" / ")[2]
-    assert f"and {refused} % of retain texts with similar names" in section
+    refused = {name: [cell.partition(" / ")[2] for cell in printed[name][1:]]
+               for name in ("spul", "unquantised weights", "relearning")}
+    prose = " ".join(section.split())
+    assert f"and {refused['spul'][-1]} % of retain texts with a forgotten given name" in prose
+    assert (f"refuses {refused['unquantised weights'][0]} % of the forget set, not "
+            f"{refused['spul'][0]} %; after 20 steps of relearning, nothing") in prose
+    assert set(refused["relearning"]) == {"0.0"}
 
 def readme_code(word):
     """Return the one Python block of the README that has a word in it."""
