@@ -2299,7 +2299,8 @@ def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
     refused = {name: [cell.partition(" / ")[2] for cell in printed[name][1:]]
                for name in ("spul", "unquantised weights", "relearning")}
     prose = " ".join(section.split())
-    assert f"and {refused['spul'][-1]} % of retain texts with a forgotten given name" in prose
+    others = refused["spul"][-1]
+    assert f"and {others} % of retain texts with a forgotten person's given name" in prose
     assert (f"refuses {refused['unquantised weights'][0]} % of the forget set, not "
             f"{refused['spul'][0]} %; after 20 steps of relearning, nothing") in prose
     assert set(refused["relearning"]) == {"0.0"}
