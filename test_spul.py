@@ -2284,7 +2284,7 @@ def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
         ours = [" / ".join(rows[name][0][2:]) for name in ("qlora", "spul")]
         assert [cell.strip() for cell in cells] == ours, run
     ga_gd, _ = printed_rows(capsys, "sst2-small")["ga+gd"]
-    assert f"seed 0), GA+GD has {' / '.join(ga_gd[2:])}: like the paper's" in rest
+    assert f"phrases), GA+GD has {' / '.join(ga_gd[2:])}: like the paper's" in rest
 
 def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
     evaluate.main([str(ROOT / "results/sst2-audit"), "--audit"])
