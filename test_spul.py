@@ -2283,8 +2283,11 @@ def test_the_result_in_the_readme_is_that_of_the_recorded_rows(capsys):
         rows = printed_rows(capsys, run.split("`")[1])
         ours = [" / ".join(rows[name][0][2:]) for name in ("qlora", "spul")]
         assert [cell.strip() for cell in cells] == ours, run
-    ga_gd, _ = printed_rows(capsys, "sst2-small")["ga+gd"]
-    assert f"phrases), GA+GD has {' / '.join(ga_gd[2:])}: like the paper's" in rest
+    rows = printed_rows(capsys, "sst2-small")
+    (ga_gd, _), (spul, _) = rows["ga+gd"], rows["spul"]
+    assert f"phrases GA+GD has {' / '.join(ga_gd[2:])}: like the paper's" in rest
+    retain, forget = [[float(row[i].split()[0]) for row in (ga_gd, spul)] for i in (2, 3)]
+    assert retain[0] > retain[1] and forget[0] < forget[1] and "is ahead of SPUL" in rest
 
 def test_the_audit_in_the_readme_is_the_recorded_one(capsys):
     evaluate.main([str(ROOT / "results/sst2-audit"), "--audit"])
